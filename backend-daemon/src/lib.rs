@@ -1,0 +1,4 @@
+//! What turns a device model into a restartable vhost-user process.
+
+pub mod device;
+pub mod ring;

@@ -1,0 +1,125 @@
+//! Exit codes: how one process of a sandbox tells its supervisor why it ended.
+
+/// How `nacre-vmm` ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum VmmExit {
+    /// The guest powered itself off.
+    PowerOff = 0,
+    /// A host-side failure while the VM ran.
+    Failed = 1,
+    /// The command line is wrong.
+    Usage = 2,
+    /// A file that the VM needs (kernel, initramfs) is missing, unreadable or malformed.
+    BootFile = 3,
+    /// Guest memory could not be had, or its size makes no sense.
+    Memory = 4,
+    /// KVM is absent, not permitted, or refuses what was asked.
+    Kvm = 5,
+    /// A vhost-user backend could not be reached or does not fit during start.
+    Backend = 6,
+    /// The guest asked for a reset and `--on-reset exit` was given.
+    Reset = 7,
+    /// The guest's kernel reported a panic.
+    GuestPanic = 8,
+    /// A vCPU stopped for a reason the guest can't recover from (triple fault, KVM error).
+    GuestCrash = 9,
+    /// The supervisor asked for an immediate stop.
+    Stopped = 10,
+}
+
+/// How a device backend ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum BackendExit {
+    /// Asked to stop (SIGTERM), or its one connection on `--fd` is over.
+    Done = 0,
+    /// The host failed it while serving.
+    Failed = 1,
+    /// The command line is wrong.
+    Usage = 2,
+    /// Its resource (disk, tap, folder, socket) can't be opened.
+    Resource = 3,
+    /// The jail could not be set up.
+    Jail = 4,
+    /// A worker thread ended; the queues it served are stuck, so the process ends too.
+    WorkerDied = 5,
+}
+
+/// Exit codes of `nacre run` that are not the container's own.
+///
+/// A container's code is passed through; one that is ended by signal n gives 128 + n.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum RunExit {
+    /// The guest's kernel panicked or crashed.
+    GuestPanic = 120,
+    /// The container was ended by the out-of-memory killer.
+    OutOfMemory = 121,
+    /// The VMM died or failed.
+    VmmDied = 122,
+    /// A device backend could not be started, or its device is lost for good.
+    BackendDied = 123,
+    /// The agent did not answer.
+    AgentSilent = 124,
+    /// Nacre failed before the container ran: bad arguments, missing files, no KVM.
+    Setup = 125,
+    /// The container's program can't be executed.
+    CannotExecute = 126,
+    /// The container's program was not found.
+    NotFound = 127,
+}
+
+impl From<VmmExit> for u8 {
+    fn from(exit: VmmExit) -> Self {
+        exit as Self
+    }
+}
+
+impl From<BackendExit> for u8 {
+    fn from(exit: BackendExit) -> Self {
+        exit as Self
+    }
+}
+
+impl From<RunExit> for u8 {
+    fn from(exit: RunExit) -> Self {
+        exit as Self
+    }
+}
+
+impl VmmExit {
+    /// The way of ending that `code` stands for.
+    #[must_use]
+    pub fn from_code(code: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|exit| u8::from(*exit) == code)
+    }
+
+    /// All of them, for tables and tests.
+    pub const ALL: [Self; 11] = [
+        Self::PowerOff,
+        Self::Failed,
+        Self::Usage,
+        Self::BootFile,
+        Self::Memory,
+        Self::Kvm,
+        Self::Backend,
+        Self::Reset,
+        Self::GuestPanic,
+        Self::GuestCrash,
+        Self::Stopped,
+    ];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_vmm_exit_is_found_by_its_code() {
+        for exit in VmmExit::ALL {
+            assert_eq!(VmmExit::from_code(exit.into()), Some(exit));
+        }
+        assert_eq!(VmmExit::from_code(11), None);
+    }
+}
