@@ -2,3 +2,5 @@
 
 pub mod device;
 pub mod ring;
+
+mod sys;

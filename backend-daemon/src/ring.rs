@@ -1,1 +1,312 @@
 //! A virtqueue as a device sees it: take chains, give them back, and nothing else.
+//!
+//! A chain is checked whole when it is taken: every descriptor inside the guest's memory, readable
+//! ones before writable ones, properly ended. A device therefore never meets a bad address. The
+//! guest may rewrite its descriptors afterwards; nobody looks at them again.
+
+use std::io;
+use std::num::Wrapping;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::Ordering;
+
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{
+    GuestAddress, GuestMemory, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap,
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::sys;
+pub use crate::sys::Segment;
+
+/// The guest's memory as the frontend last told it.
+pub type Memory = GuestMemoryMmap<()>;
+/// A handle on the current memory, exchanged whole when the frontend changes the table.
+pub type SharedMemory = GuestMemoryAtomic<Memory>;
+/// The memory as it was when it was loaded; keeps its mappings alive.
+pub type MemoryGuard = GuestMemoryLoadGuard<Memory>;
+
+/// What a guest can get wrong about a ring.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RingError {
+    /// The ring's own areas or indices are impossible.
+    #[error("virtqueue")]
+    Queue(#[from] virtio_queue::Error),
+    /// A descriptor points outside the guest's memory.
+    #[error("descriptor of {len_bytes} bytes at {address:#x} lies outside the guest's memory")]
+    Address {
+        /// Guest-physical address.
+        address: u64,
+        /// The descriptor's length.
+        len_bytes: u32,
+    },
+    /// A readable descriptor follows a writable one (virtio 1.3, section 2.7.4.2).
+    #[error("a readable descriptor follows a writable one in chain {head}")]
+    Order {
+        /// The chain's head.
+        head: u16,
+    },
+    /// The chain loops, leaves its table, or has more descriptors than the queue.
+    #[error("chain {head} does not end")]
+    Endless {
+        /// The chain's head.
+        head: u16,
+    },
+    /// The device wants to write more than the chain holds: a guest's mistake in one request.
+    #[error("{wanted} bytes do not fit into {available} of the chain")]
+    TooShort {
+        /// What was to be read or written, in bytes, from the part's start.
+        wanted: u64,
+        /// What there is.
+        available: u64,
+    },
+}
+
+/// One running virtqueue, owned by its worker.
+pub struct Ring {
+    pub(crate) queue: Queue,
+    pub(crate) memory: MemoryGuard,
+    pub(crate) call: Option<EventFd>,
+    pub(crate) pushed: bool,
+}
+
+/// One request: a chain of descriptors that the guest made available, checked and taken.
+pub struct Chain {
+    head: u16,
+    readable: Vec<Segment>,
+    writable: Vec<Segment>,
+    descriptors: DescriptorChain<MemoryGuard>,
+}
+
+impl Ring {
+    /// The number of descriptors.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// The guest's memory that the ring lies in.
+    #[must_use]
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Takes the next available chain. Before `None` is returned the guest's next kick is armed,
+    /// so a worker that pops until `None` misses nothing; one that stops earlier has to come back
+    /// by itself.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the guest broke the ring: the queue is then stopped.
+    pub fn pop(&mut self) -> Result<Option<Chain>, RingError> {
+        if let Some(chain) = self.take()? {
+            return Ok(Some(chain));
+        }
+        // The guest may add a chain between the last look and the request for a kick (virtio
+        // 1.3, section 2.7.10): look again after having asked.
+        if !self.queue.enable_notification(&*self.memory)? {
+            return Ok(None);
+        }
+        self.queue.disable_notification(&*self.memory)?;
+        self.take()
+    }
+
+    fn take(&mut self) -> Result<Option<Chain>, RingError> {
+        let avail = self.queue.avail_idx(&*self.memory, Ordering::Acquire)?;
+        let waiting = (avail - Wrapping(self.queue.next_avail())).0;
+        if waiting > self.queue.size() {
+            return Err(virtio_queue::Error::InvalidAvailRingIndex.into());
+        }
+        let descriptors = self.queue.iter(self.memory.clone())?.next();
+        descriptors.map(|chain| Chain::check(chain, self.queue.size())).transpose()
+    }
+
+    /// Puts back the chain that was popped last, as if it had never been taken.
+    pub fn unpop(&mut self, chain: Chain) {
+        drop(chain);
+        self.queue.go_to_previous_position();
+    }
+
+    /// Gives a chain back; the device wrote `written_bytes` bytes into it. The guest is told at
+    /// the end of the worker's call.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the used ring lies outside the guest's memory.
+    #[expect(clippy::needless_pass_by_value, reason = "a chain given back can't be used again")]
+    pub fn push(&mut self, chain: Chain, written_bytes: u32) -> Result<(), RingError> {
+        self.queue.add_used(&*self.memory, chain.head, written_bytes)?;
+        self.pushed = true;
+        Ok(())
+    }
+
+    /// Interrupts the guest if something was pushed since the last time and the guest wants it.
+    pub(crate) fn announce(&mut self) -> Result<(), RingError> {
+        if !std::mem::take(&mut self.pushed) {
+            return Ok(());
+        }
+        if self.queue.needs_notification(&*self.memory)?
+            && let Some(call) = &self.call
+            && let Err(error) = call.write(1)
+        {
+            log::warn!("cannot interrupt the guest: {error}");
+        }
+        Ok(())
+    }
+}
+
+impl Chain {
+    fn check(descriptors: DescriptorChain<MemoryGuard>, size: u16) -> Result<Self, RingError> {
+        let head = descriptors.head_index();
+        let (mut readable, mut writable) = (Vec::new(), Vec::new());
+        let mut ended = false;
+        let mut count = 0_u32;
+        for descriptor in descriptors.clone() {
+            count += 1;
+            let part = if descriptor.is_write_only() {
+                &mut writable
+            } else if writable.is_empty() {
+                &mut readable
+            } else {
+                return Err(RingError::Order { head });
+            };
+            segments(descriptors.memory(), descriptor.addr().0, descriptor.len(), part)?;
+            ended = !descriptor.has_next();
+        }
+        if !ended || count > u32::from(size).max(u32::from(u16::MAX)) {
+            return Err(RingError::Endless { head });
+        }
+        Ok(Self { head, readable, writable, descriptors })
+    }
+
+    /// The index of the chain's first descriptor, which names the request until it is pushed.
+    #[must_use]
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// What the guest wrote for the device, in its order.
+    #[must_use]
+    pub fn readable(&self) -> &[Segment] {
+        &self.readable
+    }
+
+    /// Where the device answers, in the guest's order.
+    #[must_use]
+    pub fn writable(&self) -> &[Segment] {
+        &self.writable
+    }
+
+    /// The length of the readable part, in bytes.
+    #[must_use]
+    pub fn readable_len(&self) -> u64 {
+        total(&self.readable)
+    }
+
+    /// The length of the writable part, in bytes.
+    #[must_use]
+    pub fn writable_len(&self) -> u64 {
+        total(&self.writable)
+    }
+
+    /// The guest's memory that the chain lies in.
+    #[must_use]
+    pub fn memory(&self) -> &Memory {
+        self.descriptors.memory()
+    }
+
+    /// The chain as `virtio_queue` knows it, for libraries that walk it themselves.
+    #[must_use]
+    pub fn descriptor_chain(&self) -> DescriptorChain<MemoryGuard> {
+        self.descriptors.clone()
+    }
+
+    /// Copies `bytes.len()` bytes out of the readable part, from its byte `offset` on.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the part is too short; nothing useful is in `bytes` then.
+    pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<(), RingError> {
+        let wanted = offset + bytes.len() as u64;
+        let available = self.readable_len();
+        if wanted > available {
+            return Err(RingError::TooShort { wanted, available });
+        }
+        let mut done = 0;
+        for segment in skip(&self.readable, offset) {
+            if done == bytes.len() {
+                break;
+            }
+            done += segment.copy_to(&mut bytes[done..]);
+        }
+        Ok(())
+    }
+
+    /// Copies `bytes` into the writable part, from its byte `offset` on.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the part is too short; nothing is written then.
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), RingError> {
+        let wanted = offset + bytes.len() as u64;
+        let available = self.writable_len();
+        if wanted > available {
+            return Err(RingError::TooShort { wanted, available });
+        }
+        let mut done = 0;
+        for segment in skip(&self.writable, offset) {
+            if done == bytes.len() {
+                break;
+            }
+            done += segment.copy_from(&bytes[done..]);
+        }
+        Ok(())
+    }
+}
+
+/// The segments without their first `offset` bytes.
+pub fn skip(segments: &[Segment], offset: u64) -> impl Iterator<Item = Segment> + '_ {
+    let mut left = offset;
+    segments.iter().filter_map(move |segment| {
+        let cut = left.min(segment.len() as u64);
+        left -= cut;
+        segment.tail(usize::try_from(cut).ok()?)
+    })
+}
+
+/// The segments' total length, in bytes.
+#[must_use]
+pub fn total(segments: &[Segment]) -> u64 {
+    segments.iter().map(|segment| segment.len() as u64).sum()
+}
+
+/// `writev(2)` of guest memory, without copying it first.
+///
+/// # Errors
+///
+/// What the system call gives.
+pub fn writev(fd: BorrowedFd<'_>, segments: &[Segment]) -> io::Result<usize> {
+    sys::writev(fd, segments)
+}
+
+/// `readv(2)` into guest memory, without copying it first.
+///
+/// # Errors
+///
+/// What the system call gives.
+pub fn readv(fd: BorrowedFd<'_>, segments: &[Segment]) -> io::Result<usize> {
+    sys::readv(fd, segments)
+}
+
+fn segments(
+    memory: &Memory,
+    address: u64,
+    len_bytes: u32,
+    into: &mut Vec<Segment>,
+) -> Result<(), RingError> {
+    for slice in memory.get_slices(GuestAddress(address), len_bytes as usize) {
+        let slice = slice.map_err(|_error| RingError::Address { address, len_bytes })?;
+        into.push(Segment::new(&slice));
+    }
+    Ok(())
+}

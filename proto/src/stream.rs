@@ -96,7 +96,8 @@ impl Hello {
         if self.container_id.is_empty() {
             return Err(HelloError::NoContainer);
         }
-        let len = |id: &str| u8::try_from(id.len()).map_err(|_error| HelloError::IdTooLong(id.len()));
+        let len =
+            |id: &str| u8::try_from(id.len()).map_err(|_error| HelloError::IdTooLong(id.len()));
         let stream = match self.stream {
             Stream::Stdin => 0,
             Stream::Stdout => 1,
