@@ -2,7 +2,7 @@
 //! The daemon's system calls on guest memory: one a function, owned safe types out.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use vm_memory::volatile_memory::VolatileSlice;
 
@@ -102,4 +102,23 @@ pub(crate) fn readv(fd: BorrowedFd<'_>, segments: &[Segment]) -> io::Result<usiz
     // SAFETY: as in `writev`; guest memory is mapped writable and no Rust reference points there.
     let read = unsafe { libc::readv(fd.as_raw_fd(), vectors.as_ptr(), count) };
     usize::try_from(read).map_err(|_error| io::Error::last_os_error())
+}
+
+/// Takes ownership of an inherited descriptor and sets it close-on-exec.
+pub(crate) fn inherited_fd(number: RawFd) -> io::Result<OwnedFd> {
+    if number <= libc::STDERR_FILENO {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    // SAFETY: `fcntl` with these commands takes no pointer; a bad number gives an error.
+    let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: as above.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, flags | libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is open, and by the contract of the command line it was passed to
+    // this process for it to own: nothing else in the process knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
