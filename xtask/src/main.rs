@@ -1,1 +1,43 @@
-fn main() {}
+//! `cargo xtask`: arguments to a command, its error chain and its exit code.
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+use xtask::cache::Cache;
+use xtask::packages::kernel::Kernel;
+use xtask::packages::tree::Tree;
+use xtask::report::say;
+
+#[derive(Debug, Parser)]
+#[command(name = "xtask", about = "Nacre's development tasks")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Fetches and makes all that comes from Debian packages, ahead of its first use
+    Packages,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().task) {
+        Ok(code) => code,
+        Err(error) => {
+            say(&format!("error: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> anyhow::Result<ExitCode> {
+    match task {
+        Task::Packages => {
+            let cache = Cache::open()?;
+            let kernel = Kernel::prepare(&cache)?;
+            let tree = Tree::prepare(&cache, &kernel)?;
+            say(&format!("kernel {} and {}", kernel.release(), tree.image().display()));
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! What a developer runs: the packages, the KVM host, the guest image and the first command.
+//!
+//! Everything that is fetched or made lies in one cache folder ([`cache`]) and is made once.
+//! Nothing here installs a kernel on the machine or edits its apt sources.
+
+pub mod bzimage;
+pub mod cache;
+pub mod cpio;
+pub mod modules;
+pub mod packages;
+pub mod report;
+pub mod tool;

@@ -1,0 +1,174 @@
+//! `cargo xtask test`: the layers of tests, each where it can run, and one closing line for all.
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+use serde_json::Value;
+
+use crate::report::say;
+
+/// The programs that end-to-end tests start.
+pub const PROGRAM_PACKAGES: &[&str] =
+    &["core-vmm", "backend-blk", "backend-net", "backend-fs", "backend-vsock", "shim"];
+
+/// A layer of tests, by what it needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Layer {
+    /// Unit and wire tests: no KVM.
+    Unit,
+    /// The VMM and real backends with a guest that has no kernel: any /dev/kvm.
+    Bare,
+    /// Real Linux guests: full KVM, or the emulated host.
+    Linux,
+    /// Our backends under QEMU, and our VMM with others' backends.
+    Interop,
+}
+
+/// What the tests of one run came to.
+#[derive(Debug, Default)]
+pub struct Tally {
+    passed: u32,
+    failed: u32,
+    skipped: u32,
+}
+
+impl Tally {
+    /// Takes over the counts of a test program's closing line, if `line` is one.
+    fn read(&mut self, line: &str) {
+        let Some(rest) = line.trim().strip_prefix("test result: ") else { return };
+        let count = |what: &str| {
+            let words: Vec<_> = rest.split([' ', ';', '.']).filter(|word| !word.is_empty()).collect();
+            let at = words.iter().position(|word| *word == what)?;
+            words.get(at.checked_sub(1)?)?.parse::<u32>().ok()
+        };
+        self.passed += count("passed").unwrap_or(0);
+        self.failed += count("failed").unwrap_or(0);
+        self.skipped += count("ignored").unwrap_or(0);
+    }
+}
+
+/// Runs `layers`, or all.
+///
+/// # Errors
+///
+/// Fails if something could not be built or started. Failed tests are no error: the answer tells.
+pub fn run(root: &Path, layers: &[Layer]) -> Result<bool> {
+    let layers: BTreeSet<_> = match layers {
+        [] => Layer::value_variants().iter().copied().collect(),
+        some => some.iter().copied().collect(),
+    };
+    let in_ci = std::env::var_os("CI").is_some();
+    let mut tally = Tally::default();
+    for layer in layers {
+        let start = Instant::now();
+        if let Some(reason) = run_layer(root, layer, &mut tally)? {
+            say(&format!("layer {layer:?}: skipped: {reason}"));
+            tally.skipped += 1;
+            tally.failed += u32::from(in_ci);
+        }
+        let minutes = start.elapsed().as_secs_f64() / 60.0;
+        say(&format!("layer {layer:?}: {minutes:.1} minutes"));
+    }
+    let Tally { passed, failed, skipped } = tally;
+    println!("{passed} passed, {failed} failed, {skipped} skipped");
+    Ok(failed == 0)
+}
+
+/// Runs one layer; gives the reason if it can't run here.
+fn run_layer(root: &Path, layer: Layer, tally: &mut Tally) -> Result<Option<String>> {
+    match layer {
+        Layer::Unit => {
+            count_tests(cargo(root).args(["test", "--workspace", "--no-fail-fast"]), tally)?;
+            Ok(None)
+        }
+        Layer::Bare => crate::test_bare::run(root, tally),
+        Layer::Linux => crate::test_linux::run(root, tally),
+        Layer::Interop => crate::test_interop::run(root, tally),
+    }
+}
+
+/// Cargo in the tree, with its own colours off.
+pub(crate) fn cargo(root: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO"));
+    command.current_dir(root).env("CARGO_TERM_COLOR", "never");
+    command
+}
+
+/// Builds the programs that end-to-end tests start; gives their folder.
+///
+/// # Errors
+///
+/// Fails if the build does.
+pub fn build_programs(root: &Path) -> Result<PathBuf> {
+    let mut build = cargo(root);
+    build.args(["build", "--quiet"]);
+    for package in PROGRAM_PACKAGES {
+        build.args(["--package", package]);
+    }
+    ensure!(build.status()?.success(), "the programs do not build");
+    Ok(root.join("target/debug"))
+}
+
+/// Builds one test program of the `tests` folder without running it; gives its path.
+///
+/// # Errors
+///
+/// Fails if the build does.
+pub(crate) fn build_test(root: &Path, name: &str) -> Result<PathBuf> {
+    let output = cargo(root)
+        .args(["test", "--package", "nacre-tests", "--test", name, "--no-run"])
+        .args(["--message-format", "json-render-diagnostics"])
+        .stderr(Stdio::inherit())
+        .output()?;
+    ensure!(output.status.success(), "the {name} tests do not build");
+    let text = String::from_utf8(output.stdout)?;
+    text.lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|message| message["target"]["name"] == name)
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .with_context(|| format!("cargo built no {name} test"))
+}
+
+/// Runs a command that prints what Rust's test programs print; passes the output on and counts.
+/// A command that fails without a failed test counts as one failure.
+///
+/// # Errors
+///
+/// Fails if it can't be started.
+pub(crate) fn count_tests(command: &mut Command, tally: &mut Tally) -> Result<()> {
+    let failed_before = tally.failed;
+    let mut child = command.stdout(Stdio::piped()).spawn().context("cannot start the tests")?;
+    let output = child.stdout.take().context("the tests' output")?;
+    let mut own = std::io::stdout();
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line?;
+        own.write_all(&line)?;
+        own.write_all(b"\n")?;
+        tally.read(&String::from_utf8_lossy(&line));
+    }
+    let status = child.wait()?;
+    if !status.success() && tally.failed == failed_before {
+        say(&format!("the tests ended with {status}"));
+        tally.failed += 1;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn closing_lines_of_test_programs_are_added_up() {
+        let mut tally = Tally::default();
+        tally.read("test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 3 filtered out");
+        tally.read("test result: FAILED. 2 passed; 3 failed; 0 ignored; 0 measured; finished");
+        tally.read("running 5 tests");
+        assert_eq!((tally.passed, tally.failed, tally.skipped), (14, 3, 1));
+    }
+}
