@@ -3,17 +3,28 @@
 //! Nothing here knows virtqueues or vhost-user messages.
 
 mod args;
+mod jail;
+mod seccomp;
+mod signals;
+mod socket;
+mod threads;
 
 use std::error::Error;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::fd::{OwnedFd, RawFd};
+use std::panic::{self, PanicHookInfo};
 use std::process::ExitCode;
 
 use nacre_proto::exit::BackendExit;
 
 pub use self::args::DaemonArgs;
+use self::jail::{Jail, JailError};
+use self::signals::Signals;
+use self::socket::{Socket, SocketError};
+use self::threads::{Threads, ThreadsError};
 use crate::device::Device;
-use crate::sys;
+use crate::{logging, sys};
 
 /// What one kind of backend may do, and says of itself.
 #[derive(Clone, Copy, Debug)]
@@ -66,6 +77,39 @@ pub fn inherited_fd(number: RawFd) -> io::Result<OwnedFd> {
     sys::inherited_fd(number)
 }
 
+/// Why a backend did not get as far as serving, or stopped.
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    #[error("cannot serve")]
+    Socket(#[from] SocketError),
+    #[error("cannot take signals")]
+    Signals(#[source] io::Error),
+    #[error("cannot close the jail")]
+    Jail(#[from] JailError),
+    #[error("cannot start")]
+    Threads(#[from] ThreadsError),
+    #[error("cannot say that the device is ready")]
+    Ready(#[source] io::Error),
+    #[error("cannot print the capabilities")]
+    Print(#[source] io::Error),
+}
+
+impl RunError {
+    fn exit(&self) -> BackendExit {
+        match self {
+            Self::Build(error) => error.exit(),
+            Self::Socket(SocketError::Missing) => BackendExit::Usage,
+            Self::Socket(_) => BackendExit::Resource,
+            Self::Jail(_) | Self::Threads(ThreadsError::Jail(_)) => BackendExit::Jail,
+            Self::Signals(_) | Self::Threads(_) | Self::Ready(_) | Self::Print(_) => {
+                BackendExit::Failed
+            }
+        }
+    }
+}
+
 /// Runs a backend: opens its socket, builds the device, closes the jail, serves frontends.
 ///
 /// `build` opens everything that the device will ever need. It runs with the process's original
@@ -76,13 +120,61 @@ pub fn run<D: Device>(
     policy: &Policy,
     build: impl FnOnce() -> Result<D, BuildError>,
 ) -> ExitCode {
-    log::debug!("{name}: {args:?} {policy:?}");
-    let exit = match build() {
-        Ok(device) => {
-            log::error!("device {} is not served yet", device.device_id());
-            BackendExit::Failed
-        }
-        Err(error) => error.exit(),
+    logging::start(name, args.log_level);
+    let exit = if args.print_capabilities {
+        print_capabilities(policy).map(|()| BackendExit::Done)
+    } else {
+        serve(args, policy, build)
     };
+    let exit = exit.unwrap_or_else(|error| {
+        logging::say(&format!("{name}: {}", logging::chain(&error)));
+        error.exit()
+    });
     ExitCode::from(u8::from(exit))
+}
+
+fn serve<D: Device>(
+    args: &DaemonArgs,
+    policy: &Policy,
+    build: impl FnOnce() -> Result<D, BuildError>,
+) -> Result<BackendExit, RunError> {
+    panic::set_hook(Box::new(log_panic));
+    let signals = Signals::take().map_err(RunError::Signals)?;
+    let ready = args.ready_fd.map(inherited_fd).transpose().map_err(RunError::Ready)?;
+    // The device first: a frontend must not find a socket that nobody will serve.
+    let mut device = build()?;
+    let workers = Threads::workers(&mut device)?;
+    let (socket, path) = Socket::open(args)?;
+    let served = jailed(policy, || {
+        let mut threads = Threads::new(Jail::new(policy)?)?;
+        threads.start(device, workers, socket)?;
+        if let Some(ready) = ready {
+            File::from(ready).write_all(b"ready\n").map_err(RunError::Ready)?;
+        }
+        Ok(threads.wait(&signals))
+    });
+    if let Some(path) = path {
+        path.remove();
+    }
+    served
+}
+
+/// Closes the process's part of the jail, then goes on in it.
+fn jailed<T>(policy: &Policy, go_on: impl FnOnce() -> Result<T, RunError>) -> Result<T, RunError> {
+    jail::close_process(policy.keep_capabilities)?;
+    go_on()
+}
+
+/// The standard hook would look for symbols in files that the jail does not let it open.
+fn log_panic(info: &PanicHookInfo<'_>) {
+    log::error!("{info}");
+}
+
+/// `docs/interop/vhost-user.json` of QEMU: a type, and the features that the program knows.
+fn print_capabilities(policy: &Policy) -> Result<(), RunError> {
+    let capabilities = serde_json::json!({
+        "type": policy.device_type,
+        "features": policy.features,
+    });
+    writeln!(io::stdout(), "{capabilities}").map_err(RunError::Print)
 }

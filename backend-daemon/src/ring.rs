@@ -7,14 +7,15 @@
 use std::io;
 use std::num::Wrapping;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{
-    GuestAddress, GuestMemory, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap,
+    Bytes, GuestAddress, GuestMemory, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap,
 };
-use vmm_sys_util::eventfd::EventFd;
 
+use crate::doorbell::Doorbell;
 use crate::sys;
 pub use crate::sys::Segment;
 
@@ -24,6 +25,9 @@ pub type Memory = GuestMemoryMmap<()>;
 pub type SharedMemory = GuestMemoryAtomic<Memory>;
 /// The memory as it was when it was loaded; keeps its mappings alive.
 pub type MemoryGuard = GuestMemoryLoadGuard<Memory>;
+
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT` (virtio 1.3, section 2.7.6).
+const AVAIL_NO_INTERRUPT: u16 = 1;
 
 /// What a guest can get wrong about a ring.
 #[derive(Debug, thiserror::Error)]
@@ -64,10 +68,12 @@ pub enum RingError {
 
 /// One running virtqueue, owned by its worker.
 pub struct Ring {
-    pub(crate) queue: Queue,
+    queue: Queue,
     pub(crate) memory: MemoryGuard,
-    pub(crate) call: Option<EventFd>,
-    pub(crate) pushed: bool,
+    pub(crate) call: Option<Arc<Doorbell>>,
+    pushed: bool,
+    /// The guest broke it: it stops at the end of the worker's call.
+    broken: bool,
 }
 
 /// One request: a chain of descriptors that the guest made available, checked and taken.
@@ -79,6 +85,20 @@ pub struct Chain {
 }
 
 impl Ring {
+    /// A ring on a `queue` whose areas lie in `memory`.
+    pub(crate) fn new(queue: Queue, memory: MemoryGuard, call: Option<Arc<Doorbell>>) -> Self {
+        Self { queue, memory, call, pushed: false, broken: false }
+    }
+
+    /// The position of the next chain that `pop` takes: what a restart goes on from.
+    pub(crate) fn next_avail(&self) -> u16 {
+        self.queue.next_avail()
+    }
+
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken
+    }
+
     /// The number of descriptors.
     #[must_use]
     pub fn size(&self) -> u16 {
@@ -99,6 +119,12 @@ impl Ring {
     ///
     /// Fails if the guest broke the ring: the queue is then stopped.
     pub fn pop(&mut self) -> Result<Option<Chain>, RingError> {
+        let popped = self.look();
+        self.broken |= popped.is_err();
+        popped
+    }
+
+    fn look(&mut self) -> Result<Option<Chain>, RingError> {
         if let Some(chain) = self.take()? {
             return Ok(Some(chain));
         }
@@ -135,9 +161,10 @@ impl Ring {
     /// Fails if the used ring lies outside the guest's memory.
     #[expect(clippy::needless_pass_by_value, reason = "a chain given back can't be used again")]
     pub fn push(&mut self, chain: Chain, written_bytes: u32) -> Result<(), RingError> {
-        self.queue.add_used(&*self.memory, chain.head, written_bytes)?;
-        self.pushed = true;
-        Ok(())
+        let added = self.queue.add_used(&*self.memory, chain.head, written_bytes);
+        self.broken |= added.is_err();
+        self.pushed |= added.is_ok();
+        Ok(added?)
     }
 
     /// Interrupts the guest if something was pushed since the last time and the guest wants it.
@@ -145,13 +172,27 @@ impl Ring {
         if !std::mem::take(&mut self.pushed) {
             return Ok(());
         }
-        if self.queue.needs_notification(&*self.memory)?
+        if self.wants_interrupt()?
             && let Some(call) = &self.call
-            && let Err(error) = call.write(1)
+            && let Err(error) = call.ring()
         {
-            log::warn!("cannot interrupt the guest: {error}");
+            log::debug!("cannot interrupt the guest: {error}");
         }
         Ok(())
+    }
+
+    fn wants_interrupt(&mut self) -> Result<bool, RingError> {
+        let needed = self.queue.needs_notification(&*self.memory)?;
+        if self.queue.event_idx_enabled() {
+            return Ok(needed);
+        }
+        // Without EVENT_IDX the guest has a flag instead (virtio 1.3, section 2.7.7); the fence
+        // that orders its load behind the used index is in `needs_notification`.
+        let flags: u16 = self
+            .memory
+            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(needed && u16::from_le(flags) & AVAIL_NO_INTERRUPT == 0)
     }
 }
 

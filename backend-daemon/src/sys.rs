@@ -2,7 +2,9 @@
 //! The daemon's system calls on guest memory: one a function, owned safe types out.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
 
 use vm_memory::volatile_memory::VolatileSlice;
 
@@ -120,5 +122,39 @@ pub(crate) fn inherited_fd(number: RawFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: the descriptor is open, and by the contract of the command line it was passed to
     // this process for it to own: nothing else in the process knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// A new epoll instance, close-on-exec.
+pub(crate) fn epoll() -> io::Result<OwnedFd> {
+    let number = epoll::create(true)?;
+    // SAFETY: the call above made the descriptor and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Blocks `signals` on the calling thread, and makes a descriptor that they come to.
+pub(crate) fn signals(signals: &[libc::c_int]) -> io::Result<OwnedFd> {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: the pointer is to a whole set, which the call initialises.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: initialised by the call above.
+    let mut set = unsafe { set.assume_init() };
+    for signal in signals {
+        // SAFETY: the set is initialised; a signal that does not exist gives an error.
+        if unsafe { libc::sigaddset(&raw mut set, *signal) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    // SAFETY: the set is initialised, and the old mask is not asked for.
+    let error = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) };
+    if error != 0 {
+        return Err(io::Error::from_raw_os_error(error));
+    }
+    // SAFETY: the set is initialised; -1 asks for a new descriptor.
+    let number = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC) };
+    if number < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call above made the descriptor and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }

@@ -1,0 +1,334 @@
+//! One frontend's session with the device: what was negotiated, and which rings run.
+//!
+//! A ring runs while the frontend has set it up (a kick descriptor is the last of it) and enabled
+//! it. Whatever changes a running ring stops it first, which drains it, and starts it again.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use vhost::vhost_user::message::VhostUserMemoryRegion;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vm_memory::GuestAddressSpace;
+
+use crate::device::{Device, QueueIndex};
+use crate::doorbell::Doorbell;
+use crate::memory::{MemoryError, Table};
+use crate::ring::{Memory, SharedMemory};
+use crate::vring::{Addresses, Kick, StartError, Vring};
+use crate::worker::{Answer, Handle, Order, WorkerGone};
+
+/// `VHOST_USER_F_PROTOCOL_FEATURES`: with it a ring starts disabled.
+const PROTOCOL_FEATURES: u64 = 1 << 30;
+
+/// Why a message of the frontend is refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SessionError {
+    #[error("there is no queue {0}")]
+    NoQueue(u32),
+    #[error("the features {0:#x} were not offered")]
+    NotOffered(u64),
+    #[error("the features change while rings run")]
+    FeaturesWhileRunning,
+    #[error("queue {queue} is set up while it runs")]
+    SetUpWhileRunning { queue: u16 },
+    #[error("queue {queue} can't have {size} descriptors")]
+    Size { queue: u16, size: u32 },
+    #[error("queue {queue} can't start at {base}")]
+    Base { queue: u16, base: u32 },
+    #[error("queue {queue} starts before the features are known")]
+    Unnegotiated { queue: u16 },
+    #[error("queue {queue} can't start")]
+    Start { queue: u16, source: StartError },
+    #[error("the kick descriptor of queue {queue} can't be waited for")]
+    Kick { queue: u16, source: io::Error },
+    #[error("a descriptor of a queue is unusable")]
+    Doorbell(#[source] io::Error),
+    #[error("the memory table")]
+    Memory(#[from] MemoryError),
+    #[error("{len_bytes} bytes at {offset} are not in the configuration space")]
+    Config { offset: u32, len_bytes: usize },
+    #[error(transparent)]
+    Worker(#[from] WorkerGone),
+}
+
+/// The device with its workers, and the one frontend it has at a time.
+pub(crate) struct Session<D> {
+    device: D,
+    workers: Vec<Handle>,
+    /// For each queue, its worker's place in `workers`.
+    worker_of: Vec<usize>,
+    offered: u64,
+    max_queue_size: u16,
+    acked: Option<u64>,
+    table: Table,
+    memory: SharedMemory,
+    vrings: Vec<Vring>,
+}
+
+impl<D: Device> Session<D> {
+    pub(crate) fn new(device: D, workers: Vec<Handle>, groups: &[Vec<QueueIndex>]) -> Self {
+        let (count, max_queue_size) = (device.queue_count(), device.max_queue_size());
+        let worker_of = (0..count)
+            .map(|queue| {
+                let group = groups.iter().position(|group| group.contains(&QueueIndex(queue)));
+                group.expect("the groups were checked to be a partition of the queues")
+            })
+            .collect();
+        let ring_features = 1 << VIRTIO_F_VERSION_1
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+        let offered = device.features() | ring_features | PROTOCOL_FEATURES;
+        let vrings = (0..count).map(|_queue| Vring::new(max_queue_size)).collect();
+        Self {
+            device,
+            workers,
+            worker_of,
+            offered,
+            max_queue_size,
+            acked: None,
+            table: Table::default(),
+            memory: SharedMemory::new(Memory::new()),
+            vrings,
+        }
+    }
+
+    /// The features on offer.
+    pub(crate) fn offered(&self) -> u64 {
+        self.offered
+    }
+
+    pub(crate) fn queue_count(&self) -> u16 {
+        self.device.queue_count()
+    }
+
+    pub(crate) fn has_config(&self) -> bool {
+        !self.device.config().is_empty()
+    }
+
+    /// The frontend acknowledged these features for the guest.
+    pub(crate) fn negotiate(&mut self, features: u64) -> Result<(), SessionError> {
+        if features & !self.offered != 0 {
+            return Err(SessionError::NotOffered(features & !self.offered));
+        }
+        if self.acked == Some(features) {
+            return Ok(());
+        }
+        if self.vrings.iter().any(|vring| vring.running) {
+            return Err(SessionError::FeaturesWhileRunning);
+        }
+        for worker in &self.workers {
+            worker.order(Order::Negotiated(features))?;
+        }
+        self.acked = Some(features);
+        Ok(())
+    }
+
+    pub(crate) fn set_size(&mut self, index: u32, size: u32) -> Result<(), SessionError> {
+        let max = self.max_queue_size;
+        let (queue, vring) = self.stopped(index)?;
+        vring.size = u16::try_from(size)
+            .ok()
+            .filter(|size| size.is_power_of_two() && *size <= max)
+            .ok_or(SessionError::Size { queue: queue.0, size })?;
+        Ok(())
+    }
+
+    pub(crate) fn set_addresses(&mut self, index: u32, to: Addresses) -> Result<(), SessionError> {
+        let (queue, vring) = self.vring(index)?;
+        if vring.running && vring.addresses != Some(to) {
+            return Err(SessionError::SetUpWhileRunning { queue: queue.0 });
+        }
+        vring.addresses = Some(to);
+        Ok(())
+    }
+
+    pub(crate) fn set_base(&mut self, index: u32, base: u32) -> Result<(), SessionError> {
+        let (queue, vring) = self.stopped(index)?;
+        vring.base =
+            u16::try_from(base).map_err(|_error| SessionError::Base { queue: queue.0, base })?;
+        Ok(())
+    }
+
+    /// Stops the ring, once nothing is in flight on it, and gives its position.
+    pub(crate) fn take_base(&mut self, index: u32) -> Result<u16, SessionError> {
+        let (queue, _vring) = self.vring(index)?;
+        self.stop(queue)?;
+        let (_queue, vring) = self.vring(index)?;
+        vring.kick = None;
+        Ok(vring.base)
+    }
+
+    pub(crate) fn set_kick(&mut self, index: u32, file: Option<File>) -> Result<(), SessionError> {
+        let kick = match doorbell(file)? {
+            Some(doorbell) => Kick::Rings(doorbell),
+            None => Kick::Silent,
+        };
+        let (queue, _vring) = self.vring(index)?;
+        self.stop(queue)?;
+        self.vrings[usize::from(queue.0)].kick = Some(kick);
+        self.start(queue)
+    }
+
+    pub(crate) fn set_call(&mut self, index: u32, file: Option<File>) -> Result<(), SessionError> {
+        let call = doorbell(file)?;
+        let (queue, vring) = self.vring(index)?;
+        vring.call.clone_from(&call);
+        if vring.running {
+            self.worker(queue).order(Order::Call(queue, call))?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn set_err(&mut self, index: u32, file: Option<File>) -> Result<(), SessionError> {
+        let err = doorbell(file)?;
+        let (queue, vring) = self.vring(index)?;
+        vring.err.clone_from(&err);
+        if vring.running {
+            self.worker(queue).order(Order::Err(queue, err))?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn enable(&mut self, index: u32, enabled: bool) -> Result<(), SessionError> {
+        let (queue, vring) = self.vring(index)?;
+        vring.enabled = enabled;
+        if enabled { self.start(queue) } else { self.stop(queue) }
+    }
+
+    /// Replaces the whole memory table.
+    pub(crate) fn set_memory(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+    ) -> Result<(), SessionError> {
+        self.exchange(Table::of(regions, files)?)
+    }
+
+    pub(crate) fn add_memory(
+        &mut self,
+        region: &VhostUserMemoryRegion,
+        file: File,
+    ) -> Result<(), SessionError> {
+        let mut table = self.table.clone();
+        table.add(region, file)?;
+        self.exchange(table)
+    }
+
+    pub(crate) fn remove_memory(
+        &mut self,
+        region: &VhostUserMemoryRegion,
+    ) -> Result<(), SessionError> {
+        let mut table = self.table.clone();
+        table.remove(region)?;
+        self.exchange(table)
+    }
+
+    /// A piece of the configuration space; behind its end it reads as zero, since a frontend may
+    /// know a longer layout.
+    pub(crate) fn config(&self, offset: u32, len_bytes: u32) -> Vec<u8> {
+        let (offset, len_bytes) = (offset as usize, len_bytes as usize);
+        let config = self.device.config();
+        config.into_iter().skip(offset).chain(std::iter::repeat(0)).take(len_bytes).collect()
+    }
+
+    pub(crate) fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), SessionError> {
+        let len_bytes = bytes.len();
+        let end = u64::from(offset) + len_bytes as u64;
+        if end > self.device.config().len() as u64 {
+            return Err(SessionError::Config { offset, len_bytes });
+        }
+        self.device.write_config(offset, bytes);
+        Ok(())
+    }
+
+    /// Stops all rings, and forgets how they were set up.
+    pub(crate) fn reset_rings(&mut self) -> Result<(), SessionError> {
+        for queue in (0..self.queue_count()).map(QueueIndex) {
+            self.stop(queue)?;
+            self.vrings[usize::from(queue.0)] = Vring::new(self.max_queue_size);
+        }
+        Ok(())
+    }
+
+    /// The frontend went: nothing of its session stays.
+    pub(crate) fn end(&mut self) -> Result<(), SessionError> {
+        self.reset_rings()?;
+        self.acked = None;
+        self.exchange(Table::default())
+    }
+
+    fn exchange(&mut self, table: Table) -> Result<(), SessionError> {
+        let memory = table.memory()?;
+        match self.memory.lock() {
+            Ok(exclusive) => exclusive.replace(memory),
+            // The lock is held nowhere else, and replacing can't panic.
+            Err(poisoned) => poisoned.into_inner().replace(memory),
+        }
+        self.table = table;
+        for worker in &self.workers {
+            worker.order(Order::Memory(self.memory.memory()))?;
+        }
+        Ok(())
+    }
+
+    /// Starts the ring if the frontend has said all that it takes.
+    fn start(&mut self, queue: QueueIndex) -> Result<(), SessionError> {
+        let QueueIndex(index) = queue;
+        let vring = &self.vrings[usize::from(index)];
+        let Some(kick) = vring.kick.clone().filter(|_kick| !vring.running) else { return Ok(()) };
+        let acked = self.acked.ok_or(SessionError::Unnegotiated { queue: index })?;
+        if acked & PROTOCOL_FEATURES != 0 && !vring.enabled {
+            return Ok(());
+        }
+        let event_idx = acked & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let ring = vring
+            .ring(&self.table, self.memory.memory(), event_idx)
+            .map_err(|source| SessionError::Start { queue: index, source })?;
+        let err = vring.err.clone();
+        let order = Order::Start { queue, ring: Box::new(ring), kick, err };
+        if let Answer::Refused(source) = self.worker(queue).order(order)? {
+            return Err(SessionError::Kick { queue: index, source });
+        }
+        self.vrings[usize::from(index)].running = true;
+        Ok(())
+    }
+
+    fn stop(&mut self, queue: QueueIndex) -> Result<(), SessionError> {
+        if !self.vrings[usize::from(queue.0)].running {
+            return Ok(());
+        }
+        let answer = self.worker(queue).order(Order::Stop(queue))?;
+        let vring = &mut self.vrings[usize::from(queue.0)];
+        vring.running = false;
+        if let Answer::StoppedAt(base) = answer {
+            vring.base = base;
+        }
+        Ok(())
+    }
+
+    fn worker(&self, QueueIndex(queue): QueueIndex) -> &Handle {
+        &self.workers[self.worker_of[usize::from(queue)]]
+    }
+
+    fn vring(&mut self, index: u32) -> Result<(QueueIndex, &mut Vring), SessionError> {
+        let queue = u16::try_from(index).map_err(|_error| SessionError::NoQueue(index))?;
+        let vring = self.vrings.get_mut(usize::from(queue));
+        Ok((QueueIndex(queue), vring.ok_or(SessionError::NoQueue(index))?))
+    }
+
+    /// The queue's settings, which may only change while its ring is stopped.
+    fn stopped(&mut self, index: u32) -> Result<(QueueIndex, &mut Vring), SessionError> {
+        let (queue, vring) = self.vring(index)?;
+        if vring.running {
+            return Err(SessionError::SetUpWhileRunning { queue: queue.0 });
+        }
+        Ok((queue, vring))
+    }
+}
+
+fn doorbell(file: Option<File>) -> Result<Option<Arc<Doorbell>>, SessionError> {
+    let doorbell = file.map(Doorbell::new).transpose().map_err(SessionError::Doorbell)?;
+    Ok(doorbell.map(Arc::new))
+}
