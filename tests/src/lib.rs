@@ -1,1 +1,13 @@
-//! Placeholder.
+//! What end-to-end tests are written with: built programs, processes with deadlines, machines.
+//!
+//! Nothing here depends on the crates under test: they are programs and sockets, as for a user.
+
+pub mod artifacts;
+pub mod backend;
+pub mod leftovers;
+pub mod machine;
+pub mod nacre;
+pub mod packet;
+pub mod process;
+
+mod sys;

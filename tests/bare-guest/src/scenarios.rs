@@ -1,0 +1,36 @@
+//! What this guest can try, each by its name on the command line.
+
+mod blk;
+mod board;
+mod net;
+mod vsock;
+
+use crate::acpi::{self, Table};
+use crate::start_info::StartInfo;
+
+/// Runs one scenario; a failure panics, and the panic is reported.
+pub fn run(name: &str, info: StartInfo, tables: &[Table]) {
+    match name {
+        "hello" => {}
+        "spin" => loop {
+            core::hint::spin_loop();
+        },
+        "memory" => board::memory(info),
+        "acpi" => board::acpi(tables),
+        "pci" => board::pci(tables),
+        "cpuid" => board::cpuid(),
+        "clock" => board::clock(),
+        "timer" => board::timer(),
+        "processors" => board::processors(tables),
+        "reset" => acpi::reset(),
+        "panic-device" => board::panic_device(),
+        "triple-fault" => board::triple_fault(),
+        "blk" => blk::read_write_flush(),
+        "blk-interrupts" => blk::interrupts(),
+        "blk-reset" => blk::device_reset(),
+        "blk-reboot" => blk::reboot(),
+        "net" => net::echo(),
+        "vsock" => vsock::echo(),
+        other => panic!("no scenario {other}"),
+    }
+}

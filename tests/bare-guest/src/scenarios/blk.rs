@@ -1,0 +1,110 @@
+//! The block device, by the `virtio-drivers` crate.
+
+use virtio_drivers::device::blk::{SECTOR_SIZE, VirtIOBlk};
+use virtio_drivers::transport::DeviceType;
+use virtio_drivers::transport::pci::PciTransport;
+use virtio_drivers::transport::pci::bus::DeviceFunction;
+
+use crate::dma::Identity;
+use crate::machine::{interrupts as count, read8};
+use crate::{acpi, pci, say};
+
+type Disk = VirtIOBlk<Identity, PciTransport>;
+
+const VECTOR: u8 = 0x51;
+
+fn disk() -> (DeviceFunction, Disk) {
+    let function = pci::find(DeviceType::Block, 0).expect("a block device");
+    pci::enable(function);
+    (function, Disk::new(pci::transport(function)).expect("the driver starts"))
+}
+
+fn pattern(sector: usize) -> [u8; SECTOR_SIZE] {
+    core::array::from_fn(|at| (sector * 31 + at * 7) as u8)
+}
+
+/// Writes a pattern all over the disk, reads it back, flushes, asks for the serial. What the host
+/// wrote in sector 0 is told, so that the host can compare.
+pub fn read_write_flush() {
+    let (_, mut disk) = disk();
+    let sectors = disk.capacity() as usize;
+    say!("capacity={sectors}");
+    let mut first = [0; SECTOR_SIZE];
+    disk.read_blocks(0, &mut first).expect("read sector 0");
+    let text = core::str::from_utf8(&first).expect("text").trim_end_matches('\0');
+    say!("sector0={text}");
+    let step = (sectors / 64).max(1);
+    for sector in (1..sectors).step_by(step) {
+        disk.write_blocks(sector, &pattern(sector)).expect("write");
+    }
+    disk.flush().expect("flush");
+    for sector in (1..sectors).step_by(step) {
+        let mut read = [0; SECTOR_SIZE];
+        disk.read_blocks(sector, &mut read).expect("read");
+        assert_eq!(read, pattern(sector), "sector {sector}");
+    }
+    let mut long = alloc::vec![0x5a_u8; 64 << 10];
+    disk.write_blocks(8, &long).expect("a long write");
+    long.fill(0);
+    disk.read_blocks(8, &mut long).expect("a long read");
+    assert!(long.iter().all(|byte| *byte == 0x5a), "a long transfer");
+    assert!(disk.read_blocks(sectors, &mut first).is_err(), "a read past the end fails");
+    let mut id = [0; 20];
+    let len = disk.device_id(&mut id).expect("the serial");
+    say!("serial={}", core::str::from_utf8(&id[..len]).expect("text"));
+}
+
+/// Completions interrupt by MSI-X; a masked vector stays pending and fires when unmasked.
+pub fn interrupts() {
+    let (function, mut disk) = disk();
+    pci::route_msix(function, 1, VECTOR);
+    pci::set_queue_vector(function, 0, 1);
+    disk.enable_interrupts();
+    let mut sector = [0; SECTOR_SIZE];
+    for round in 1..=50 {
+        disk.read_blocks(0, &mut sector).expect("read");
+        while count(VECTOR) < round {
+            core::hint::spin_loop();
+        }
+    }
+    assert_eq!(count(VECTOR), 50, "one interrupt for each request");
+    pci::mask_msix(function, 1, true);
+    disk.read_blocks(0, &mut sector).expect("read while masked");
+    for _ in 0..1000 {
+        core::hint::spin_loop();
+    }
+    assert_eq!(count(VECTOR), 50, "masked");
+    pci::mask_msix(function, 1, false);
+    while count(VECTOR) < 51 {
+        core::hint::spin_loop();
+    }
+    say!("interrupts={}", count(VECTOR));
+}
+
+/// A reset puts the device back to its start and it can be driven again, with new rings.
+pub fn device_reset() {
+    for round in 0..5_u8 {
+        let (function, mut disk) = disk();
+        disk.write_blocks(3, &[round; SECTOR_SIZE]).expect("write");
+        drop(disk);
+        assert_eq!(read8(pci::common_config(function) + 20), 0, "status after reset");
+        let (_, mut disk) = self::disk();
+        let mut read = [0; SECTOR_SIZE];
+        disk.read_blocks(3, &mut read).expect("read after reset");
+        assert_eq!(read, [round; SECTOR_SIZE]);
+    }
+}
+
+/// Resets the machine once; the disk remembers that it did.
+pub fn reboot() {
+    let (_, mut disk) = disk();
+    let mut mark = [0; SECTOR_SIZE];
+    disk.read_blocks(5, &mut mark).expect("read the mark");
+    if mark[0] == 0 {
+        disk.write_blocks(5, &[1; SECTOR_SIZE]).expect("write the mark");
+        disk.flush().expect("flush");
+        say!("resetting");
+        acpi::reset();
+    }
+    say!("second boot");
+}

@@ -1,0 +1,150 @@
+//! A child process that is never waited for without a deadline and never outlives its test.
+
+use std::io::Read;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+/// How long anything may take here: far above what it takes on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How often a condition is looked at that nothing signals.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+/// A running program; killed when dropped.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    stderr: Option<JoinHandle<String>>,
+}
+
+impl Process {
+    /// Starts a program whose standard error is kept.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it can't be started.
+    pub fn start(program: &Path, command: &mut Command) -> Result<Self> {
+        let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let mut child = command
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start {}", program.display()))?;
+        let stderr = child.stderr.take().map(read_all);
+        Ok(Self { name, child, stderr })
+    }
+
+    /// The process id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The child's own pipes.
+    pub fn child(&mut self) -> &mut Child {
+        &mut self.child
+    }
+
+    /// Whether it still runs.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel does not know.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// Waits for the end; gives the status and what was said on standard error.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it takes longer than [`PATIENCE`]: it is killed then.
+    pub fn wait(self) -> Result<(ExitStatus, String)> {
+        self.wait_for(PATIENCE)
+    }
+
+    /// Waits for the end; gives the status and what was said on standard error.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it takes longer than `patience`: it is killed then.
+    pub fn wait_for(mut self, patience: Duration) -> Result<(ExitStatus, String)> {
+        let deadline = Instant::now() + patience;
+        let status = loop {
+            if let Some(status) = self.child.try_wait()? {
+                break status;
+            }
+            if Instant::now() > deadline {
+                self.child.kill()?;
+                self.child.wait()?;
+                let said = self.said();
+                bail!("{} did not end within {patience:?}: {said}", self.name);
+            }
+            thread::sleep(LOOK_EVERY);
+        };
+        Ok((status, self.said()))
+    }
+
+    /// SIGTERM.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the process is gone.
+    pub fn terminate(&self) -> Result<()> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        Ok(())
+    }
+
+    fn said(&mut self) -> String {
+        self.stderr.take().and_then(|reader| reader.join().ok()).unwrap_or_default()
+    }
+}
+
+impl Drop for Process {
+    #[expect(
+        clippy::print_stderr,
+        reason = "what a process said belongs to a failed test's output"
+    )]
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            // The only failure is that it ended in between.
+            drop(self.child.kill());
+            drop(self.child.wait());
+        }
+        let said = self.said();
+        if thread::panicking() && !said.is_empty() {
+            eprintln!("--- {} said:\n{said}", self.name);
+        }
+    }
+}
+
+/// Reads a pipe to its end on a thread of its own.
+pub fn read_all(mut pipe: impl Read + Send + 'static) -> JoinHandle<String> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // A pipe that breaks ends what can be read.
+        drop(pipe.read_to_end(&mut bytes));
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+/// Looks at a condition until it holds.
+///
+/// # Errors
+///
+/// Fails if it does not hold within [`PATIENCE`].
+pub fn until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds()? {
+        if Instant::now() > deadline {
+            bail!("not within {PATIENCE:?}: {what}");
+        }
+        thread::sleep(LOOK_EVERY);
+    }
+    Ok(())
+}

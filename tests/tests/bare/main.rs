@@ -1,0 +1,8 @@
+//! The VMM with real backends on this machine's /dev/kvm, full or emulating, and a guest without a
+//! kernel that runs in ring 3.
+
+mod bad_input;
+mod blk;
+mod board;
+mod net;
+mod vsock;

@@ -1,0 +1,173 @@
+//! Bad input and failure at every step: one clear line, a code, and nothing left behind.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use nacre_proto::exit::RunExit;
+use nacre_tests::artifacts;
+use nacre_tests::leftovers::Leftovers;
+use nacre_tests::nacre::{User, finish};
+use nacre_tests::process::{Process, until};
+
+fn setup_fails(options: &[&str], tells: &str) -> Result<()> {
+    let user = User::new()?;
+    let before = Leftovers::now(user.state())?;
+    let answer = user.run(options, &["true"])?.code(i32::from(u8::from(RunExit::Setup)))?;
+    let told = answer.tells(tells)?;
+    let errors = told.said.lines().filter(|line| line.contains(tells)).count();
+    ensure!(errors == 1, "one clear line: {told:#?}");
+    before.and_nothing_more(user.state())
+}
+
+#[test]
+fn a_missing_kernel_is_named() -> Result<()> {
+    setup_fails(&["--kernel", "/no/kernel"], "/no/kernel")
+}
+
+#[test]
+fn an_empty_kernel_is_named() -> Result<()> {
+    let empty = tempfile::NamedTempFile::new()?;
+    let path = empty.path().display().to_string();
+    setup_fails(&["--kernel", &path], &path)
+}
+
+#[test]
+fn a_missing_root_file_system_is_named() -> Result<()> {
+    setup_fails(&["--rootfs", "/no/rootfs"], "/no/rootfs")
+}
+
+#[test]
+fn a_missing_disk_is_named() -> Result<()> {
+    setup_fails(&["--disk", "/no/disk"], "/no/disk")
+}
+
+#[test]
+fn a_missing_volume_is_named() -> Result<()> {
+    setup_fails(&["-v", "/no/folder:/data"], "/no/folder")
+}
+
+#[test]
+fn memory_of_nothing_or_too_much_is_refused() -> Result<()> {
+    setup_fails(&["--memory", "0"], "memory")?;
+    setup_fails(&["--memory", "900T"], "memory")
+}
+
+#[test]
+fn more_processors_than_kvm_allows_are_refused() -> Result<()> {
+    setup_fails(&["--cpus", "60000"], "60000")
+}
+
+#[test]
+fn a_missing_backend_program_is_named() -> Result<()> {
+    let user = User::new()?;
+    let before = Leftovers::now(user.state())?;
+    let empty = tempfile::tempdir()?;
+    let dir = empty.path().display().to_string();
+    let answer = user.run(&["--bin-dir", &dir], &["true"])?;
+    ensure!(answer.code != Some(0), "{answer:?}");
+    answer.tells(&dir)?;
+    before.and_nothing_more(user.state())
+}
+
+#[test]
+fn a_backend_that_exits_at_once_is_named() -> Result<()> {
+    let user = User::new()?;
+    let before = Leftovers::now(user.state())?;
+    let bin = tempfile::tempdir()?;
+    let real = artifacts::bin_dir()?;
+    for name in ["nacre-vmm", "nacre-blk", "nacre-net", "nacre-vsock"] {
+        std::os::unix::fs::symlink(real.join(name), bin.path().join(name))?;
+    }
+    std::os::unix::fs::symlink("/bin/false", bin.path().join("nacre-fs"))?;
+    let dir = bin.path().display().to_string();
+    let answer = user.run(&["--bin-dir", &dir], &["true"])?;
+    ensure!(answer.code != Some(0), "{answer:?}");
+    answer.tells("nacre-fs")?;
+    before.and_nothing_more(user.state())
+}
+
+#[test]
+fn an_agent_that_never_answers_has_its_own_code() -> Result<()> {
+    let user = User::new()?;
+    let before = Leftovers::now(user.state())?;
+    // Its init finds no share called `job` and sleeps.
+    let silent = artifacts::shell_initramfs()?.display().to_string();
+    let answer = user.run(&["--initramfs", &silent, "--agent-timeout", "20"], &["true"])?;
+    answer.code(i32::from(u8::from(RunExit::AgentSilent)))?.tells("agent")?;
+    before.and_nothing_more(user.state())
+}
+
+#[test]
+fn a_guest_panic_has_its_own_code() -> Result<()> {
+    let user = User::new()?;
+    let before = Leftovers::now(user.state())?;
+    let empty = tempfile::NamedTempFile::new()?;
+    let path = empty.path().display().to_string();
+    let answer = user.run(&["--initramfs", &path], &["true"])?;
+    ensure!(answer.code != Some(0), "{answer:?}");
+    before.and_nothing_more(user.state())
+}
+
+#[test]
+fn failure_at_every_step_of_create_leaves_nothing_behind() -> Result<()> {
+    let user = User::new()?;
+    let before = Leftovers::now(user.state())?;
+    let steps = user.nacre(&["debug", "create-steps"])?.code(0)?;
+    ensure!(steps.out.lines().count() >= 5, "{steps:?}");
+    for step in steps.out.lines() {
+        let mut command = user.run_command(&[], &["true"])?;
+        let answer = finish(command.env("NACRE_FAIL_AT", step))?;
+        ensure!(answer.code != Some(0), "{step}: {answer:?}");
+        before.and_nothing_more(user.state()).with_context(|| format!("after {step}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_death_of_the_vmm_has_its_own_code() -> Result<()> {
+    let user = User::new()?;
+    let before = Leftovers::now(user.state())?;
+    let mut command =
+        user.run_command(&["--name", "victim"], &["sh", "-c", "echo up; sleep 1000"])?;
+    let program = command.get_program().to_owned();
+    let running = Process::start(program.as_ref(), command.stdout(std::process::Stdio::piped()))?;
+    until("the VMM's process", || Ok(process_of("nacre-vmm", running.id())?.is_some()))?;
+    let vmm = process_of("nacre-vmm", running.id())?.context("the VMM")?;
+    let pid = rustix::process::Pid::from_raw(vmm).context("a process id")?;
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+    let (status, said) = running.wait()?;
+    ensure!(status.code() == Some(i32::from(u8::from(RunExit::VmmDied))), "{status}: {said}");
+    before.and_nothing_more(user.state())
+}
+
+#[test]
+fn sigterm_ends_the_container_and_then_the_sandbox() -> Result<()> {
+    let user = User::new()?;
+    let before = Leftovers::now(user.state())?;
+    let script = "trap 'exit 7' TERM; echo up; while :; do sleep 0.1; done";
+    let mut command = user.run_command(&[], &["sh", "-c", script])?;
+    let program = command.get_program().to_owned();
+    let mut running =
+        Process::start(program.as_ref(), command.stdout(std::process::Stdio::piped()))?;
+    let mut out = running.child().stdout.take().context("standard output")?;
+    std::io::Read::read_exact(&mut out, &mut [0; 3])?;
+    running.terminate()?;
+    let (status, said) = running.wait()?;
+    ensure!(status.code() == Some(7), "{status}: {said}");
+    before.and_nothing_more(user.state())
+}
+
+/// The child of `parent` (at any depth) whose name is `name`.
+fn process_of(name: &str, parent: u32) -> Result<Option<i32>> {
+    for entry in fs::read_dir("/proc")? {
+        let path = entry?.path();
+        let Ok(stat) = fs::read_to_string(path.join("stat")) else { continue };
+        let Some((start, rest)) = stat.split_once(") ") else { continue };
+        let Some((pid, comm)) = start.split_once(" (") else { continue };
+        let of = rest.split(' ').nth(1).and_then(|of| of.parse::<u32>().ok());
+        if comm == name && of == Some(parent) {
+            return Ok(Some(pid.parse()?));
+        }
+    }
+    Ok(None)
+}
