@@ -1,1 +1,20 @@
-//! Placeholder.
+//! A virtio socket device as a process: hybrid vsock, Unix sockets on the host's side.
+//!
+//! One worker thread owns everything and polls. `connection.rs` is the protocol, as a pure state
+//! machine; start there.
+
+pub mod args;
+pub mod connection;
+pub mod connections;
+pub mod credit;
+pub mod device;
+pub mod fault;
+pub mod handshake;
+pub mod host;
+pub mod outbox;
+pub mod packet;
+pub mod seccomp;
+pub mod socket;
+pub mod table;
+
+mod sys;
