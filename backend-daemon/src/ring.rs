@@ -91,7 +91,8 @@ impl Ring {
     }
 
     /// The position of the next chain that `pop` takes: what a restart goes on from.
-    pub(crate) fn next_avail(&self) -> u16 {
+    #[must_use]
+    pub fn next_avail(&self) -> u16 {
         self.queue.next_avail()
     }
 
