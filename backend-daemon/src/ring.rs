@@ -4,6 +4,8 @@
 //! ones before writable ones, properly ended. A device therefore never meets a bad address. The
 //! guest may rewrite its descriptors afterwards; nobody looks at them again.
 
+mod together;
+
 use std::io;
 use std::num::Wrapping;
 use std::os::fd::BorrowedFd;

@@ -1,0 +1,77 @@
+//! Giving several chains back as one: what a packet in several buffers needs.
+
+use std::num::Wrapping;
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_queue::QueueT;
+use vm_memory::{Address, Bytes, GuestAddress};
+
+use super::{Chain, Ring, RingError};
+
+impl Ring {
+    /// Gives several chains back at once: the guest sees all of them or none, as one packet in
+    /// several buffers needs it (virtio 1.3, section 5.1.6.4.1). Otherwise like [`Ring::push`].
+    ///
+    /// # Errors
+    ///
+    /// Fails if the used ring lies outside the guest's memory.
+    pub fn push_together(
+        &mut self,
+        chains: impl IntoIterator<Item = (Chain, u32)>,
+    ) -> Result<(), RingError> {
+        let mut chains: Vec<(Chain, u32)> = chains.into_iter().collect();
+        let Some((last, last_bytes)) = chains.pop() else { return Ok(()) };
+        let first_used = Wrapping(self.queue.next_used());
+        let mut used = first_used;
+        for (chain, written_bytes) in &chains {
+            let written = self.write_used(used.0, chain.head, *written_bytes);
+            self.broken |= written.is_err();
+            written?;
+            used += 1;
+        }
+        self.queue.set_next_used(used.0);
+        // This stores the index, behind all the elements.
+        self.push(last, last_bytes)?;
+        // The queue counts one chain for its own decision on an interrupt.
+        if !chains.is_empty() && self.queue.event_idx_enabled() {
+            self.announce_from(first_used)?;
+        }
+        Ok(())
+    }
+
+    /// Writes an element of the used ring without moving its index.
+    fn write_used(&self, at: u16, head: u16, written_bytes: u32) -> Result<(), RingError> {
+        // The used ring's header has 4 bytes and an element 8 (virtio 1.3, section 2.7.8).
+        let offset = 4 + 8 * u64::from(at % self.queue.size());
+        let address = GuestAddress(self.queue.used_ring())
+            .checked_add(offset)
+            .ok_or(virtio_queue::Error::AddressOverflow)?;
+        let element = u64::from(head) | u64::from(written_bytes) << 32;
+        let written = self.memory.write_obj(element.to_le(), address);
+        Ok(written.map_err(virtio_queue::Error::GuestMemory)?)
+    }
+
+    /// With `EVENT_IDX`, interrupts the guest if it waits for one of the used elements from
+    /// `first_used` on.
+    fn announce_from(&self, first_used: Wrapping<u16>) -> Result<(), RingError> {
+        // The used index must be visible before the guest's wish is read.
+        fence(Ordering::SeqCst);
+        let offset = 4 + 2 * u64::from(self.queue.size());
+        let event: u16 = GuestAddress(self.queue.avail_ring())
+            .checked_add(offset)
+            .ok_or(virtio_queue::Error::AddressOverflow)
+            .and_then(|address| {
+                let event = self.memory.load(address, Ordering::Relaxed);
+                event.map_err(virtio_queue::Error::GuestMemory)
+            })?;
+        let added = Wrapping(self.queue.next_used()) - first_used;
+        let waited = Wrapping(u16::from_le(event)) - first_used;
+        if waited < added
+            && let Some(call) = &self.call
+            && let Err(error) = call.ring()
+        {
+            log::debug!("cannot interrupt the guest: {error}");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,141 @@
+//! From the guest to the tap: one chain, one frame, written at most once.
+
+use std::io;
+
+use backend_daemon::device::DeviceError;
+use backend_daemon::ring::{Chain, Ring, RingError, skip};
+
+use crate::drops::Drops;
+use crate::header::{Features, HEADER_BYTES, Header, HeaderError};
+use crate::sys::MAX_SEGMENTS;
+use crate::tap::Tap;
+
+/// Frames in one go; afterwards the worker's other queue has its turn.
+const BUDGET: usize = 256;
+
+/// Where a go ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sent {
+    /// The queue is empty; the guest will kick.
+    All,
+    /// The tap takes no more; the next frame is still in the queue.
+    Blocked,
+    /// The budget is used up.
+    Some,
+}
+
+/// Why one frame was not sent. Never fatal: the chain goes back to the guest.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+    #[error("its chain is too short for a header")]
+    NoHeader,
+    #[error("it lies in {segments} pieces")]
+    Pieces { segments: usize },
+    #[error("the interface is down")]
+    Down,
+    #[error("the tap refused it: {0}")]
+    Tap(io::Error),
+}
+
+/// What one attempt came to.
+enum Attempt {
+    Sent,
+    Refused(Refusal),
+    Blocked,
+}
+
+/// Sends the frames of one transmit queue.
+#[derive(Debug)]
+pub(crate) struct Transmitter {
+    features: Features,
+    header_len: usize,
+    drops: Drops,
+}
+
+impl Transmitter {
+    pub(crate) fn new() -> Self {
+        let drops = Drops::new("frames from the guest");
+        Self { features: Features::default(), header_len: HEADER_BYTES, drops }
+    }
+
+    pub(crate) fn negotiated(&mut self, features: Features, header_len: usize) {
+        (self.features, self.header_len) = (features, header_len);
+    }
+
+    /// Sends what is in the queue, in its order.
+    pub(crate) fn send(&mut self, ring: &mut Ring, tap: &Tap) -> Result<Sent, DeviceError> {
+        for _ in 0..BUDGET {
+            let Some(chain) = ring.pop()? else { return Ok(Sent::All) };
+            match self.attempt(&chain, tap)? {
+                Attempt::Sent => {}
+                Attempt::Refused(refusal) => self.drops.add(&refusal),
+                Attempt::Blocked => {
+                    ring.unpop(chain);
+                    return Ok(Sent::Blocked);
+                }
+            }
+            ring.push(chain, 0)?;
+        }
+        Ok(Sent::Some)
+    }
+
+    fn attempt(&self, chain: &Chain, tap: &Tap) -> Result<Attempt, DeviceError> {
+        let header = match self.header(chain) {
+            Ok(header) => header.encode(0),
+            Err(refusal) => return Ok(Attempt::Refused(refusal)),
+        };
+        let frame = skip(chain.readable(), self.header_len as u64);
+        match tap.write_frame(&header[..self.header_len], frame) {
+            Ok(_) => Ok(Attempt::Sent),
+            Err(error) => failed(error),
+        }
+    }
+
+    fn header(&self, chain: &Chain) -> Result<Header, Refusal> {
+        let segments = chain.readable().len();
+        if segments > MAX_SEGMENTS {
+            return Err(Refusal::Pieces { segments });
+        }
+        let mut bytes = [0; HEADER_BYTES];
+        let read = chain.read_at(0, &mut bytes[..self.header_len]);
+        read.map_err(|_too_short: RingError| Refusal::NoHeader)?;
+        let len_bytes = chain.readable_len().saturating_sub(self.header_len as u64);
+        Ok(Header::outgoing(bytes, len_bytes, self.features)?)
+    }
+}
+
+/// Tells the tap's "not now" and "not this frame" from the end of the tap.
+fn failed(error: io::Error) -> Result<Attempt, DeviceError> {
+    match error.raw_os_error() {
+        Some(libc::EAGAIN | libc::EINTR) => Ok(Attempt::Blocked),
+        Some(libc::EIO | libc::ENETDOWN) => Ok(Attempt::Refused(Refusal::Down)),
+        Some(
+            libc::EINVAL
+            | libc::ENOBUFS
+            | libc::ENOMEM
+            | libc::EMSGSIZE
+            | libc::EFAULT
+            | libc::EPERM,
+        ) => Ok(Attempt::Refused(Refusal::Tap(error))),
+        _ => Err(DeviceError::Host { what: "write a frame to the tap", source: error }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(code: i32) -> Result<Attempt, DeviceError> {
+        failed(io::Error::from_raw_os_error(code))
+    }
+
+    #[test]
+    fn a_full_tap_is_waited_for_a_refused_frame_dropped_and_a_lost_tap_fatal() {
+        assert!(matches!(outcome(libc::EAGAIN), Ok(Attempt::Blocked)));
+        assert!(matches!(outcome(libc::EIO), Ok(Attempt::Refused(Refusal::Down))));
+        assert!(matches!(outcome(libc::EINVAL), Ok(Attempt::Refused(Refusal::Tap(_)))));
+        assert!(matches!(outcome(libc::EBADFD), Err(DeviceError::Host { .. })));
+    }
+}
