@@ -78,6 +78,17 @@ pub trait Device: Send + 'static {
     /// Which queues share a worker: a partition of `0..queue_count`, one thread each.
     fn groups(&self) -> Vec<Vec<QueueIndex>>;
 
+    /// Narrows down what the process can reach, for a device whose system calls name files: a
+    /// root directory of its own, for example. Called once, after everything that the process
+    /// needs by name was opened, with its original rights and before any other thread starts.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the host refuses; the process then ends without having served anybody.
+    fn confine(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// Makes the worker of one group. Called once for each, before the jail closes.
     ///
     /// # Errors

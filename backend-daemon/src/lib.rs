@@ -8,6 +8,8 @@ pub mod device;
 pub mod logging;
 pub mod process;
 pub mod ring;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 mod doorbell;
 mod memory;

@@ -23,7 +23,7 @@ use self::jail::{Jail, JailError};
 use self::signals::Signals;
 use self::socket::{Socket, SocketError};
 use self::threads::{Threads, ThreadsError};
-use crate::device::Device;
+use crate::device::{Device, DeviceError};
 use crate::{logging, sys};
 
 /// What one kind of backend may do, and says of itself.
@@ -88,6 +88,8 @@ enum RunError {
     Signals(#[source] io::Error),
     #[error("cannot close the jail")]
     Jail(#[from] JailError),
+    #[error("cannot confine the device")]
+    Confine(#[source] DeviceError),
     #[error("cannot start")]
     Threads(#[from] ThreadsError),
     #[error("cannot say that the device is ready")]
@@ -102,7 +104,9 @@ impl RunError {
             Self::Build(error) => error.exit(),
             Self::Socket(SocketError::Missing) => BackendExit::Usage,
             Self::Socket(_) => BackendExit::Resource,
-            Self::Jail(_) | Self::Threads(ThreadsError::Jail(_)) => BackendExit::Jail,
+            Self::Jail(_) | Self::Confine(_) | Self::Threads(ThreadsError::Jail(_)) => {
+                BackendExit::Jail
+            }
             Self::Signals(_) | Self::Threads(_) | Self::Ready(_) | Self::Print(_) => {
                 BackendExit::Failed
             }
@@ -145,7 +149,8 @@ fn serve<D: Device>(
     let mut device = build()?;
     let workers = Threads::workers(&mut device)?;
     let (socket, path) = Socket::open(args)?;
-    let served = jailed(policy, || {
+    let served = device.confine().map_err(RunError::Confine).and_then(|()| {
+        jail::close_process(policy.keep_capabilities)?;
         let mut threads = Threads::new(Jail::new(policy)?)?;
         threads.start(device, workers, socket)?;
         if let Some(ready) = ready {
@@ -157,12 +162,6 @@ fn serve<D: Device>(
         path.remove();
     }
     served
-}
-
-/// Closes the process's part of the jail, then goes on in it.
-fn jailed<T>(policy: &Policy, go_on: impl FnOnce() -> Result<T, RunError>) -> Result<T, RunError> {
-    jail::close_process(policy.keep_capabilities)?;
-    go_on()
 }
 
 /// The standard hook would look for symbols in files that the jail does not let it open.

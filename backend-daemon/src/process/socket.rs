@@ -1,12 +1,14 @@
 //! Where frontends come from: a path, a listening socket, or one that is connected already.
 
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
-use std::os::fd::RawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, Mode, OFlags, open, statat, unlinkat};
 use rustix::net::sockopt::socket_acceptconn;
 
 use super::DaemonArgs;
@@ -33,9 +35,11 @@ pub(super) enum Socket {
     Connected(UnixStream),
 }
 
-/// A socket's path in the file system, to be removed at the end.
+/// A socket's path in the file system, to be removed at the end. By then the process may have
+/// another root directory, so the path is kept as a name in an open folder.
 pub(super) struct BoundPath {
-    path: PathBuf,
+    folder: OwnedFd,
+    name: OsString,
     /// The device and inode: a successor may have bound the path since.
     identity: (u64, u64),
 }
@@ -83,22 +87,30 @@ fn bind(path: &Path) -> Result<UnixListener, SocketError> {
 
 impl BoundPath {
     fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self { path: path.to_owned(), identity: identity(path)? })
+        let folder = match path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            Some(_) | None => Path::new("."),
+        };
+        let name = path.file_name().ok_or(io::ErrorKind::InvalidFilename)?.to_owned();
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = open(folder, flags, Mode::empty())?;
+        let identity = identity(&folder, &name)?;
+        Ok(Self { folder, name, identity })
     }
 
     /// Removes the path, unless another process has bound it since.
     pub(super) fn remove(&self) {
-        if identity(&self.path).is_ok_and(|found| found == self.identity)
-            && let Err(error) = fs::remove_file(&self.path)
+        if identity(&self.folder, &self.name).is_ok_and(|found| found == self.identity)
+            && let Err(error) = unlinkat(&self.folder, &self.name, AtFlags::empty())
         {
-            log::warn!("cannot remove {}: {error}", self.path.display());
+            log::warn!("cannot remove the socket {}: {error}", self.name.display());
         }
     }
 }
 
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
+fn identity(folder: &OwnedFd, name: &OsStr) -> io::Result<(u64, u64)> {
+    let stat = statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    Ok((stat.st_dev, stat.st_ino))
 }
 
 #[cfg(test)]

@@ -1,0 +1,295 @@
+//! The other end of the wire: a frontend and a guest's driver in one value, for tests without KVM.
+//!
+//! [`Daemon`] runs a backend's real program, jail and all; [`Driver`] connects to its socket,
+//! negotiates, owns the guest's memory and queues, and submits requests. Every wait has a
+//! deadline and fails the test by a panic.
+//!
+//! ```no_run
+//! # use backend_daemon::testing::{Buffer, Daemon, Driver, Options};
+//! let daemon = Daemon::start(env!("CARGO"), &["--disk".as_ref(), "disk.img".as_ref()]);
+//! let mut driver = Driver::connect(daemon.socket(), &Options::default());
+//! let answer = driver.request(0, &[Buffer::Out(b"question"), Buffer::In(4)]);
+//! ```
+#![expect(
+    clippy::missing_panics_doc,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test driver fails by panicking"
+)]
+
+mod daemon;
+mod frontend;
+mod memory;
+mod queue;
+mod sys;
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+pub use self::daemon::Daemon;
+use self::frontend::Connection;
+use self::memory::GuestMemory;
+pub use self::memory::Region;
+use self::queue::{Descriptor, GuestQueue};
+pub use self::queue::{Malformed, Request};
+
+/// How long any wait may take.
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// How the driver and its frontend set the device up.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// How many queues to use.
+    pub queues: u16,
+    /// Each queue's size, in descriptors.
+    pub queue_size: u16,
+    /// Accept `EVENT_IDX`, if offered.
+    pub event_idx: bool,
+    /// Accept `INDIRECT_DESC`, if offered, and send every chain that way.
+    pub indirect: bool,
+    /// Which of the other features on offer to accept.
+    pub features: u64,
+    /// How many bytes of memory the buffers have.
+    pub memory_bytes: u64,
+    /// How far behind a 4096-byte boundary each buffer starts.
+    pub misaligned_bytes: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            queues: 1,
+            queue_size: 64,
+            event_idx: true,
+            indirect: false,
+            features: u64::MAX,
+            memory_bytes: 32 << 20,
+            misaligned_bytes: 0,
+        }
+    }
+}
+
+/// One buffer of a request.
+#[derive(Clone, Copy, Debug)]
+pub enum Buffer<'a> {
+    /// The device reads these bytes.
+    Out(&'a [u8]),
+    /// The device writes up to this many bytes.
+    In(u32),
+}
+
+/// What the device made of a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// How much the device says that it wrote, in bytes.
+    pub written_bytes: u32,
+    /// The request's `In` buffers, in order, whole.
+    pub bytes: Vec<u8>,
+}
+
+/// A guest's driver, connected to a daemon under test.
+pub struct Driver {
+    options: Options,
+    connection: Connection,
+    memory: GuestMemory,
+    queues: Vec<GuestQueue>,
+}
+
+impl Driver {
+    /// Connects to the daemon on `socket`, which may still be starting, and starts all queues.
+    #[must_use]
+    pub fn connect(socket: &Path, options: &Options) -> Self {
+        Self::adopt(connect_soon(socket), options)
+    }
+
+    /// The same over a socket that is connected already.
+    #[must_use]
+    pub fn adopt(stream: UnixStream, options: &Options) -> Self {
+        let memory = GuestMemory::new(options);
+        let connection = Connection::new(stream, options);
+        let queues = (0..options.queues).map(|index| GuestQueue::new(index, options)).collect();
+        let mut driver = Self { options: *options, connection, memory, queues };
+        driver.set_up(&vec![0; options.queues.into()]);
+        driver
+    }
+
+    fn set_up(&mut self, bases: &[u16]) {
+        self.connection.set_memory(&self.memory);
+        let event_idx = self.connection.has_event_idx();
+        for (queue, base) in self.queues.iter_mut().zip(bases) {
+            queue.event_idx = event_idx;
+            self.connection.start_queue(queue, &self.memory, *base);
+        }
+    }
+
+    /// The features that were negotiated.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.connection.features
+    }
+
+    /// Reads from the device's configuration space.
+    pub fn config(&mut self, offset: u32, len_bytes: u32) -> Vec<u8> {
+        self.connection.config(offset, len_bytes)
+    }
+
+    /// Writes to the device's configuration space; gives whether the device's daemon took it.
+    pub fn write_config(&mut self, offset: u32, bytes: &[u8]) -> bool {
+        self.connection.write_config(offset, bytes)
+    }
+
+    /// Makes a request available and kicks the queue.
+    pub fn submit(&mut self, queue: u16, buffers: &[Buffer<'_>]) -> Request {
+        let request = self.offer(queue, buffers);
+        self.kick(queue);
+        request
+    }
+
+    /// Makes a request available without a kick.
+    pub fn offer(&mut self, queue: u16, buffers: &[Buffer<'_>]) -> Request {
+        let indirect = self.connection.has_indirect();
+        self.queues[usize::from(queue)].offer(&mut self.memory, buffers, indirect)
+    }
+
+    /// Kicks a queue.
+    pub fn kick(&mut self, queue: u16) {
+        self.queues[usize::from(queue)].kick.write(1).unwrap();
+    }
+
+    /// Whether the device wants a kick for what was offered last (`EVENT_IDX`, or the flag).
+    #[must_use]
+    pub fn wants_kick(&self, queue: u16) -> bool {
+        self.queues[usize::from(queue)].wants_kick(&self.memory)
+    }
+
+    /// Makes available what no driver would.
+    pub fn submit_malformed(&mut self, queue: u16, what: Malformed) {
+        self.queues[usize::from(queue)].offer_malformed(&mut self.memory, what);
+        self.kick(queue);
+    }
+
+    /// Makes a chain of these descriptors available as they are: address, length, device-writable.
+    pub fn submit_descriptors(&mut self, queue: u16, descriptors: &[(u64, u32, bool)]) -> Request {
+        let chain: Vec<Descriptor> = descriptors
+            .iter()
+            .map(|(address, len, writable)| Descriptor::new(*address, *len, *writable))
+            .collect();
+        let request = self.queues[usize::from(queue)].offer_chain(&mut self.memory, &chain);
+        self.kick(queue);
+        request
+    }
+
+    /// Waits for the answer to a request, by interrupts.
+    pub fn wait(&mut self, queue: u16, request: Request) -> Answer {
+        self.wait_until(queue, Instant::now() + DEADLINE, request)
+            .unwrap_or_else(|| panic!("queue {queue}: no answer to {request:?} in time"))
+    }
+
+    /// Waits for the answer to a request for no longer than `limit`.
+    pub fn wait_for(&mut self, queue: u16, request: Request, limit: Duration) -> Option<Answer> {
+        self.wait_until(queue, Instant::now() + limit, request)
+    }
+
+    fn wait_until(&mut self, queue: u16, until: Instant, request: Request) -> Option<Answer> {
+        let queue = &mut self.queues[usize::from(queue)];
+        loop {
+            queue.collect(&mut self.memory);
+            if let Some(answer) = queue.take(request) {
+                return Some(answer);
+            }
+            if !queue.wait_for_interrupt(&self.memory, until) {
+                return None;
+            }
+        }
+    }
+
+    /// Submits a request and waits for its answer: the bytes of its `In` buffers.
+    pub fn request(&mut self, queue: u16, buffers: &[Buffer<'_>]) -> Vec<u8> {
+        let request = self.submit(queue, buffers);
+        self.wait(queue, request).bytes
+    }
+
+    /// How many requests of a queue have no answer yet.
+    pub fn in_flight(&mut self, queue: u16) -> usize {
+        let queue = &mut self.queues[usize::from(queue)];
+        queue.collect(&mut self.memory);
+        queue.in_flight()
+    }
+
+    /// Waits until the device reports an error on a queue (its error descriptor).
+    pub fn wait_for_error(&mut self, queue: u16) -> bool {
+        self.queues[usize::from(queue)].wait_for_error(Instant::now() + DEADLINE)
+    }
+
+    /// `GET_VRING_BASE`: stops a queue once nothing is in flight, and gives where it stands.
+    pub fn stop_queue(&mut self, queue: u16) -> u16 {
+        self.connection.stop_queue(queue)
+    }
+
+    /// Starts a stopped queue at a position.
+    pub fn start_queue(&mut self, queue: u16, base: u16) {
+        self.connection.start_queue(&self.queues[usize::from(queue)], &self.memory, base);
+    }
+
+    /// Disables or enables a queue.
+    pub fn enable_queue(&mut self, queue: u16, enable: bool) {
+        self.connection.enable_queue(queue, enable);
+    }
+
+    /// Resets the device as a guest's driver does when it is loaded again: empty rings, all
+    /// unanswered requests forgotten.
+    pub fn reset(&mut self) {
+        self.connection.reset_device();
+        for queue in &mut self.queues {
+            queue.clear(&mut self.memory);
+        }
+        self.set_up(&vec![0; self.options.queues.into()]);
+    }
+
+    /// Hangs up and connects again, as a frontend does whose backend went: with the same memory
+    /// and rings, from where the used rings stand.
+    pub fn reconnect(&mut self, socket: &Path) {
+        self.connection.hang_up();
+        self.connection = Connection::new(connect_soon(socket), &self.options);
+        let bases: Vec<u16> =
+            self.queues.iter().map(|queue| queue.used_index(&self.memory)).collect();
+        self.set_up(&bases);
+    }
+
+    /// Adds a region of memory (`ADD_MEM_REG`); buffers come from it from now on.
+    pub fn add_memory(&mut self, bytes: u64) -> Region {
+        let region = self.memory.grow(bytes);
+        self.connection.add_region(&self.memory, region);
+        region
+    }
+
+    /// Takes a region away again (`REM_MEM_REG`).
+    pub fn remove_memory(&mut self, region: Region) {
+        self.connection.remove_region(&self.memory, region);
+        self.memory.shrink(region);
+    }
+
+    /// Sends the whole memory table again (`SET_MEM_TABLE`) while the rings run.
+    pub fn resend_memory(&mut self) {
+        self.connection.set_memory(&self.memory);
+    }
+
+    /// Sends bytes that are no message; the daemon is expected to hang up.
+    pub fn send_garbage(&mut self, bytes: &[u8]) {
+        self.connection.send_garbage(bytes);
+    }
+}
+
+/// Connects to a socket that may not be there yet.
+pub fn connect_soon(socket: &Path) -> UnixStream {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        match UnixStream::connect(socket) {
+            Ok(stream) => return stream,
+            Err(error) => assert!(Instant::now() < deadline, "cannot connect: {error}"),
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}

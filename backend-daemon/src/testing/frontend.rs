@@ -1,0 +1,144 @@
+//! The frontend's side of one vhost-user connection.
+
+use std::io::Write;
+use std::net::Shutdown;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
+use vhost::vhost_user::{
+    Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMmap};
+
+use super::Options;
+use super::memory::{GuestMemory, Region};
+use super::queue::GuestQueue;
+
+pub(super) struct Connection {
+    frontend: Frontend,
+    stream: UnixStream,
+    pub(super) features: u64,
+}
+
+impl Connection {
+    /// Negotiates. Every message asks for an acknowledgement, so that a refusal is noticed where
+    /// it happens.
+    pub(super) fn new(stream: UnixStream, options: &Options) -> Self {
+        let own = stream.try_clone().unwrap();
+        let mut frontend = Frontend::from_stream(stream, options.queues.into());
+        frontend.set_owner().unwrap();
+        let offered = frontend.get_features().unwrap();
+        let mut wanted = options.features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        for (bit, wish) in [
+            (VIRTIO_RING_F_EVENT_IDX, options.event_idx),
+            (VIRTIO_RING_F_INDIRECT_DESC, options.indirect),
+        ] {
+            wanted = if wish { wanted | 1 << bit } else { wanted & !(1 << bit) };
+        }
+        let features = offered & wanted;
+        let protocol = frontend.get_protocol_features().unwrap();
+        let known = VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        frontend.set_protocol_features(protocol & known).unwrap();
+        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        frontend.set_features(features).unwrap();
+        let queues = frontend.get_queue_num().unwrap();
+        assert!(queues >= options.queues.into(), "the device has only {queues} queues");
+        Self { frontend, stream: own, features }
+    }
+
+    pub(super) fn has_event_idx(&self) -> bool {
+        self.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0
+    }
+
+    pub(super) fn has_indirect(&self) -> bool {
+        self.features & 1 << VIRTIO_RING_F_INDIRECT_DESC != 0
+    }
+
+    pub(super) fn set_memory(&mut self, memory: &GuestMemory) {
+        let regions: Vec<_> = memory.map().iter().map(|region| describe(memory, region)).collect();
+        self.frontend.set_mem_table(&regions).unwrap();
+    }
+
+    pub(super) fn add_region(&mut self, memory: &GuestMemory, region: Region) {
+        self.frontend.add_mem_region(&describe(memory, memory.region(region))).unwrap();
+    }
+
+    pub(super) fn remove_region(&mut self, memory: &GuestMemory, region: Region) {
+        self.frontend.remove_mem_region(&describe(memory, memory.region(region))).unwrap();
+    }
+
+    pub(super) fn start_queue(&mut self, queue: &GuestQueue, memory: &GuestMemory, base: u16) {
+        let index = usize::from(queue.index);
+        let frontend = &mut self.frontend;
+        frontend.set_vring_num(index, queue.size).unwrap();
+        frontend.set_vring_base(index, base).unwrap();
+        let addresses = VringConfigData {
+            queue_max_size: queue.size,
+            queue_size: queue.size,
+            flags: 0,
+            desc_table_addr: memory.user_address(queue.descriptors()),
+            used_ring_addr: memory.user_address(queue.used()),
+            avail_ring_addr: memory.user_address(queue.avail()),
+            log_addr: None,
+        };
+        frontend.set_vring_addr(index, &addresses).unwrap();
+        frontend.set_vring_call(index, &queue.call).unwrap();
+        frontend.set_vring_err(index, &queue.err).unwrap();
+        frontend.set_vring_kick(index, &queue.kick).unwrap();
+        frontend.set_vring_enable(index, true).unwrap();
+    }
+
+    pub(super) fn stop_queue(&mut self, queue: u16) -> u16 {
+        let base = self.frontend.get_vring_base(queue.into()).unwrap();
+        u16::try_from(base).unwrap()
+    }
+
+    pub(super) fn enable_queue(&mut self, queue: u16, enable: bool) {
+        self.frontend.set_vring_enable(queue.into(), enable).unwrap();
+    }
+
+    pub(super) fn reset_device(&mut self) {
+        self.frontend.reset_device().unwrap();
+    }
+
+    pub(super) fn config(&mut self, offset: u32, len_bytes: u32) -> Vec<u8> {
+        let buffer = vec![0; len_bytes as usize];
+        let flags = VhostUserConfigFlags::empty();
+        let (_header, bytes) = self.frontend.get_config(offset, len_bytes, flags, &buffer).unwrap();
+        bytes
+    }
+
+    pub(super) fn write_config(&mut self, offset: u32, bytes: &[u8]) -> bool {
+        self.frontend.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes).is_ok()
+    }
+
+    pub(super) fn send_garbage(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).unwrap();
+    }
+
+    /// Ends the connection; the daemon may have done so before.
+    pub(super) fn hang_up(&mut self) {
+        match self.stream.shutdown(Shutdown::Both) {
+            Ok(()) | Err(_) => {}
+        }
+    }
+}
+
+fn describe(memory: &GuestMemory, region: &GuestRegionMmap<()>) -> VhostUserMemoryRegionInfo {
+    let GuestAddress(start) = region.start_addr();
+    let file = region.file_offset().expect("all of the guest's memory is in files");
+    VhostUserMemoryRegionInfo {
+        guest_phys_addr: start,
+        memory_size: region.len(),
+        userspace_addr: memory.user_address(start),
+        mmap_offset: file.start(),
+        mmap_handle: file.file().as_raw_fd(),
+    }
+}
