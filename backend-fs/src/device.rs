@@ -1,0 +1,208 @@
+//! The device: its configuration, and a worker for each queue.
+//!
+//! Queue 0 is for what must not wait behind other requests, the rest are request queues (virtio
+//! 1.3, section 5.11.2). Each queue has a thread, so that a slow request delays only its own
+//! queue. A request is served whole before the next one is taken: nothing is ever in flight.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use backend_daemon::device::{
+    Device, DeviceError, Interest, QueueIndex, Rings, Sources, Token, Worker,
+};
+use backend_daemon::logging::{Limit, chain as error_chain};
+use backend_daemon::process::BuildError;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::{Errno, read, write};
+
+use crate::args::{Args, Tag};
+use crate::sandbox::{SandboxMode, SharedDir};
+use crate::share::{Options, Share, raise_file_limit};
+use crate::sys;
+
+/// The virtio device id of a file system device (virtio 1.3, section 5.11.1).
+const DEVICE_ID: u32 = 26;
+const MAX_QUEUE_SIZE: u16 = 1024;
+
+/// How long a worker goes on serving before it lets the guest know and takes orders.
+const TURN: Duration = Duration::from_micros(200);
+
+const BELL: Token = Token(0);
+
+/// A file system device, not in its sandbox yet.
+pub struct FsDevice {
+    tag: Tag,
+    request_queues: u16,
+    options: Options,
+    mode: SandboxMode,
+    /// Until the sandbox is entered.
+    shared_dir: Option<SharedDir>,
+    guest_fds: u64,
+    /// From then on.
+    share: Arc<OnceLock<Share>>,
+}
+
+impl FsDevice {
+    /// Opens what the arguments name.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the folder can't be opened, or too few files may be.
+    pub fn open(args: &Args) -> Result<Self, BuildError> {
+        let missing = |name| BuildError::Usage(format!("{name} is missing"));
+        let path = args.shared_dir.as_deref().ok_or_else(|| missing("--shared-dir"))?;
+        let tag = args.tag.clone().ok_or_else(|| missing("--tag"))?;
+        let shared_dir = SharedDir::open(path).map_err(|source| {
+            BuildError::resource(FolderError { path: path.display().to_string(), source })
+        })?;
+        Ok(Self {
+            tag,
+            request_queues: args.num_request_queues,
+            options: Options::of(args),
+            mode: args.sandbox,
+            shared_dir: Some(shared_dir),
+            guest_fds: raise_file_limit().map_err(BuildError::resource)?,
+            share: Arc::default(),
+        })
+    }
+}
+
+/// The folder can't be shared.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot share {path}")]
+struct FolderError {
+    path: String,
+    source: std::io::Error,
+}
+
+impl Device for FsDevice {
+    type Worker = FsWorker;
+
+    fn device_id(&self) -> u32 {
+        DEVICE_ID
+    }
+
+    fn queue_count(&self) -> u16 {
+        1 + self.request_queues
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        MAX_QUEUE_SIZE
+    }
+
+    fn features(&self) -> u64 {
+        // VIRTIO_FS_F_NOTIFICATION would add a queue; nothing notifies yet.
+        0
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let mut config = self.tag.bytes().to_vec();
+        config.extend(u32::from(self.request_queues).to_le_bytes());
+        config
+    }
+
+    fn groups(&self) -> Vec<Vec<QueueIndex>> {
+        (0..self.queue_count()).map(|queue| vec![QueueIndex(queue)]).collect()
+    }
+
+    fn confine(&mut self) -> Result<(), DeviceError> {
+        let Some(shared_dir) = self.shared_dir.take() else { return Ok(()) };
+        let place = shared_dir
+            .enter(self.mode, self.options.read_only)
+            .map_err(|error| failed("enter the sandbox", error))?;
+        let share = Share::open(place, self.guest_fds, self.options)
+            .map_err(|error| failed("open the share", error))?;
+        let again = || failed("open the share", "it was opened before");
+        self.share.set(share).map_err(|_share| again())
+    }
+
+    fn worker(&mut self, _group: usize) -> Result<FsWorker, DeviceError> {
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|errno| failed("make an eventfd", errno))?;
+        Ok(FsWorker {
+            share: Arc::clone(&self.share),
+            bell,
+            unfinished: None,
+            limit: Limit::default(),
+        })
+    }
+}
+
+fn failed(
+    what: &'static str,
+    source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> DeviceError {
+    DeviceError::Host { what, source: std::io::Error::other(source) }
+}
+
+/// Serves one queue.
+pub struct FsWorker {
+    share: Arc<OnceLock<Share>>,
+    /// Rung by the worker itself to come back to `unfinished`.
+    bell: OwnedFd,
+    unfinished: Option<QueueIndex>,
+    limit: Limit,
+}
+
+impl FsWorker {
+    fn serve(&mut self, queue: QueueIndex, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
+        self.unfinished = None;
+        let Some(ring) = rings.ring(queue) else { return Ok(()) };
+        let share = self.share.get().ok_or_else(|| failed("serve", "the share is not open"))?;
+        let turn_ends = Instant::now() + TURN;
+        while let Some(chain) = ring.pop()? {
+            let (written_bytes, fault) = share.serve(&chain);
+            if let Some(fault) = fault
+                && self.limit.allows()
+            {
+                log::warn!("queue {}: refused a request: {}", queue.0, error_chain(&fault));
+            }
+            ring.push(chain, written_bytes)?;
+            if Instant::now() >= turn_ends {
+                self.unfinished = Some(queue);
+                return self.ring_bell();
+            }
+        }
+        Ok(())
+    }
+
+    fn ring_bell(&self) -> Result<(), DeviceError> {
+        match write(&self.bell, &1_u64.to_ne_bytes()) {
+            Ok(_) | Err(Errno::AGAIN) => Ok(()),
+            Err(errno) => Err(failed("write an eventfd", errno)),
+        }
+    }
+}
+
+impl Worker for FsWorker {
+    fn negotiated(&mut self, _features: u64) {}
+
+    fn sources(&mut self, sources: &mut dyn Sources) -> Result<(), DeviceError> {
+        // virtiofsd changes the working directory and the umask for the length of a request.
+        sys::own_working_directory()
+            .map_err(|error| failed("have a working directory of its own", error))?;
+        let added = sources.add(self.bell.as_fd(), BELL, Interest::Read);
+        added.map_err(|error| failed("register an eventfd", error))
+    }
+
+    fn kicked(&mut self, queue: QueueIndex, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
+        self.serve(queue, rings)
+    }
+
+    fn ready(&mut self, _token: Token, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
+        match read(&self.bell, &mut [0_u8; 8]) {
+            Ok(_) | Err(Errno::AGAIN) => {}
+            Err(errno) => return Err(failed("read an eventfd", errno)),
+        }
+        match self.unfinished {
+            Some(queue) => self.serve(queue, rings),
+            None => Ok(()),
+        }
+    }
+
+    fn drain(&mut self, _queue: QueueIndex, _rings: &mut Rings<'_>) -> Result<(), DeviceError> {
+        self.unfinished = None;
+        Ok(())
+    }
+}

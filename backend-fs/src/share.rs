@@ -1,0 +1,183 @@
+//! virtiofsd's file server on the shared folder, and every way in which a request can fail it.
+//!
+//! virtiofsd's own loop ends the process when a request is malformed. Here such a request gets an
+//! error for an answer, and the next one is served.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use backend_daemon::ring::Chain;
+use virtiofsd::descriptor_utils::{Reader, Writer};
+use virtiofsd::limits::setup_rlimit_nofile;
+use virtiofsd::passthrough::read_only::PassthroughFsRo;
+use virtiofsd::passthrough::{Config, PassthroughFs};
+use virtiofsd::server::Server;
+
+use crate::args::{Args, Cache};
+use crate::request::Request;
+use crate::sandbox::Place;
+use crate::sys::{View, ViewError};
+
+/// Descriptors that the guest can't take from us: memory regions (509 at most), queues and the
+/// daemon's own.
+const RESERVED_FDS: u64 = 1024;
+/// With fewer the share is of no use.
+const MIN_GUEST_FDS: u64 = 128;
+
+/// Why the share can't be served.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ShareError {
+    /// The limit on open files can't be read or raised.
+    #[error("cannot raise the limit on open files: {0}")]
+    Limit(String),
+    /// The limit on open files is too low.
+    #[error("{limit} open files are too few: {needed} are needed")]
+    TooFewFiles {
+        /// The limit.
+        limit: u64,
+        /// The least that is needed.
+        needed: u64,
+    },
+    /// virtiofsd can't serve the folder.
+    #[error("cannot serve the folder")]
+    Open(#[source] io::Error),
+    /// The share's path is no text.
+    #[error("the path of the shared folder is not UTF-8")]
+    Path,
+}
+
+/// Why one request has no proper answer: the guest's fault, all of it, or a bug of virtiofsd.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Fault {
+    #[error("it has no header")]
+    NoHeader,
+    #[error("it leaves no room for an answer")]
+    NoRoom,
+    #[error("its buffers can't be used")]
+    View(#[from] ViewError),
+    #[error("it is malformed")]
+    Malformed(#[from] virtiofsd::Error),
+    #[error("virtiofsd panicked on it")]
+    Panicked,
+}
+
+/// How the folder is served.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    cache: Cache,
+    pub(crate) read_only: bool,
+    xattr: bool,
+    announce_submounts: bool,
+}
+
+impl Options {
+    /// What the arguments ask for.
+    #[must_use]
+    pub fn of(args: &Args) -> Self {
+        let &Args { cache, read_only, xattr, announce_submounts, .. } = args;
+        Self { cache, read_only, xattr, announce_submounts }
+    }
+}
+
+/// The file server; shared by all workers, it locks what it has to.
+pub struct Share(Kind);
+
+enum Kind {
+    Writable(Server<PassthroughFs>),
+    ReadOnly(Server<PassthroughFsRo>),
+}
+
+impl Share {
+    /// Serves the folder in `place`. Raises the limit on open files: each file that the guest
+    /// knows is one.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the limit is too low, or if virtiofsd can't serve the folder.
+    pub fn open(place: Place, guest_fds: u64, options: Options) -> Result<Self, ShareError> {
+        let root_dir = place.root_dir.into_os_string().into_string();
+        let config = Config {
+            entry_timeout: options.cache.timeout(),
+            attr_timeout: options.cache.timeout(),
+            cache_policy: options.cache.policy(),
+            root_dir: root_dir.map_err(|_path| ShareError::Path)?,
+            xattr: options.xattr,
+            proc_sfd_rawfd: Some(place.proc_self_fd),
+            announce_submounts: options.announce_submounts,
+            readdirplus: options.cache != Cache::Never,
+            guest_fd_limit: guest_fds,
+            ..Config::default()
+        };
+        let kind = if options.read_only {
+            Kind::ReadOnly(Server::new(PassthroughFsRo::new(config).map_err(ShareError::Open)?))
+        } else {
+            Kind::Writable(Server::new(PassthroughFs::new(config).map_err(ShareError::Open)?))
+        };
+        Ok(Self(kind))
+    }
+
+    /// Serves one request; gives the answer's length, in bytes, and what was wrong with it.
+    pub(crate) fn serve(&self, chain: &Chain) -> (u32, Option<Fault>) {
+        let Some(request) = Request::read(chain) else { return (0, Some(Fault::NoHeader)) };
+        match self.attempt(request, chain) {
+            Ok(written_bytes) => (u32::try_from(written_bytes).unwrap_or(u32::MAX), None),
+            Err(fault) => (request.refuse(chain, libc::EIO), Some(fault)),
+        }
+    }
+
+    fn attempt(&self, request: Request, chain: &Chain) -> Result<usize, Fault> {
+        if !request.has_room(chain.writable_len()) {
+            return Err(Fault::NoRoom);
+        }
+        let view = View::of(chain)?;
+        let (reader, writer) = (view.reader()?, view.writer()?);
+        // virtiofsd restores the thread's user and working directory while it unwinds.
+        let handle = AssertUnwindSafe(|| self.handle(request, reader, writer));
+        match catch_unwind(handle) {
+            Ok(handled) => Ok(handled?),
+            Err(_panic) => Err(Fault::Panicked),
+        }
+    }
+
+    fn handle(
+        &self,
+        request: Request,
+        reader: Reader<'_>,
+        writer: Writer<'_>,
+    ) -> virtiofsd::Result<usize> {
+        /// virtiofsd could ask the frontend for shared memory, but never does.
+        const NO_FRONTEND: Option<&mut ()> = None;
+        if request.begins_mount() {
+            // A guest that crashed has not said that its last mount is over.
+            self.forget_mount();
+        }
+        match &self.0 {
+            Kind::Writable(server) => server.handle_message(reader, writer, NO_FRONTEND),
+            Kind::ReadOnly(server) => server.handle_message(reader, writer, NO_FRONTEND),
+        }
+    }
+
+    /// Closes all that the guest holds.
+    fn forget_mount(&self) {
+        match &self.0 {
+            Kind::Writable(server) => server.destroy(),
+            Kind::ReadOnly(server) => server.destroy(),
+        };
+    }
+}
+
+/// Raises the limit on open files, and gives how many of them the guest may hold. To be called
+/// while `/proc` can be seen.
+///
+/// # Errors
+///
+/// Fails if the limit can't be raised to what is needed at least.
+pub fn raise_file_limit() -> Result<u64, ShareError> {
+    let limit = setup_rlimit_nofile(None).map_err(ShareError::Limit)?;
+    let guest_fds = limit.saturating_sub(RESERVED_FDS);
+    if guest_fds < MIN_GUEST_FDS {
+        return Err(ShareError::TooFewFiles { limit, needed: RESERVED_FDS + MIN_GUEST_FDS });
+    }
+    Ok(guest_fds)
+}
