@@ -219,7 +219,10 @@ impl Connection {
             Event::GuestGone => match self.phase {
                 // The guest was never told: the next one may answer.
                 Phase::Greeting | Phase::Requesting => {}
-                Phase::Requested | Phase::Accepting | Phase::Open | Phase::Resetting
+                Phase::Requested
+                | Phase::Accepting
+                | Phase::Open
+                | Phase::Resetting
                 | Phase::Gone => self.phase = Phase::Gone,
             },
         }

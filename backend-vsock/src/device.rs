@@ -9,7 +9,7 @@ use backend_daemon::device::{
 use rustix::event::EventfdFlags;
 
 use crate::connections::Connections;
-use crate::host::Host;
+use crate::host::{Folder, Host};
 use crate::packet::{Cid, EVENT_TRANSPORT_RESET};
 
 /// Packets for the guest.
@@ -32,6 +32,7 @@ const AGAIN: Token = Token(1);
 #[derive(Debug)]
 pub struct Vsock {
     guest: Cid,
+    folder: Folder,
     host: Option<Host>,
 }
 
@@ -42,17 +43,25 @@ pub struct VsockWorker {
     /// Written to when a call of the worker ends with work left: so that a guest that never
     /// stops sending can't keep the worker from anything else.
     again: OwnedFd,
-    /// Another guest, or the same one after a reset, may be there: it knows of no connection.
-    new_session: bool,
+    rx: Rx,
     news: News,
+}
+
+/// What is known of the RX ring, which tells one guest's life from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rx {
+    /// There is a new session, and the ring has not run in it.
+    New,
+    /// It runs.
+    Runs,
+    /// It stopped at this position.
+    StoppedAt(u16),
 }
 
 /// Whether the guest has to hear that all its connections are gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum News {
-    /// The session's RX ring, which tells, does not run yet.
-    Unknown,
-    /// The guest has just set up its rings and has no connections; or it was told.
+    /// It was told, or has none.
     None,
     /// It lived on through a restart of this process, or through another session.
     Reset,
@@ -61,8 +70,8 @@ enum News {
 impl Vsock {
     /// A device for the guest with this context id.
     #[must_use]
-    pub fn new(guest: Cid, host: Host) -> Self {
-        Self { guest, host: Some(host) }
+    pub fn new(guest: Cid, host: Host, folder: Folder) -> Self {
+        Self { guest, folder, host: Some(host) }
     }
 }
 
@@ -93,6 +102,13 @@ impl Device for Vsock {
         vec![vec![RX, TX, EVENT]]
     }
 
+    fn confine(&mut self) -> Result<(), DeviceError> {
+        self.folder.confine().map_err(|source| DeviceError::Host {
+            what: "cannot leave all folders but one",
+            source,
+        })
+    }
+
     fn worker(&mut self, _group: usize) -> Result<VsockWorker, DeviceError> {
         let what = "cannot make the worker";
         let host = self.host.take().ok_or(DeviceError::Host {
@@ -104,15 +120,15 @@ impl Device for Vsock {
         Ok(VsockWorker {
             connections: Connections::new(self.guest, host),
             again,
-            new_session: false,
-            news: News::Unknown,
+            rx: Rx::New,
+            news: News::None,
         })
     }
 }
 
 impl Worker for VsockWorker {
     fn negotiated(&mut self, _features: u64) {
-        self.new_session = true;
+        self.rx = Rx::New;
     }
 
     fn sources(&mut self, sources: &mut dyn Sources) -> Result<(), DeviceError> {
@@ -123,15 +139,8 @@ impl Worker for VsockWorker {
     }
 
     fn kicked(&mut self, queue: QueueIndex, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
-        if std::mem::take(&mut self.new_session) {
-            self.connections.forget_guest(rings.sources())?;
-            self.news = News::Unknown;
-        }
-        if queue == RX
-            && self.news == News::Unknown
-            && let Some(ring) = rings.ring(RX)
-        {
-            self.news = if ring.next_avail() == 0 { News::None } else { News::Reset };
+        if queue == RX && self.rx != Rx::Runs {
+            self.rx_started(rings)?;
         }
         self.send_news(rings)?;
         self.pump(rings)
@@ -146,9 +155,12 @@ impl Worker for VsockWorker {
         self.pump(rings)
     }
 
-    fn drain(&mut self, queue: QueueIndex, _rings: &mut Rings<'_>) -> Result<(), DeviceError> {
+    fn drain(&mut self, queue: QueueIndex, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
         // Each chain is given back in the call that took it: nothing is ever in flight.
-        log::debug!("queue {} stops", queue.0);
+        if queue == RX {
+            let position = rings.ring(RX).map(|ring| ring.next_avail());
+            self.rx = position.map_or(Rx::New, Rx::StoppedAt);
+        }
         Ok(())
     }
 }
@@ -156,14 +168,25 @@ impl Worker for VsockWorker {
 impl VsockWorker {
     fn pump(&mut self, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
         if self.connections.pump(rings)? {
-            rustix::io::write(&self.again, &1_u64.to_ne_bytes())
-                .map(|_len| ())
-                .map_err(|error| DeviceError::Host {
-                    what: "cannot wake the worker",
-                    source: error.into(),
-                })?;
+            rustix::io::write(&self.again, &1_u64.to_ne_bytes()).map(|_len| ()).map_err(
+                |error| DeviceError::Host { what: "cannot wake the worker", source: error.into() },
+            )?;
         }
         self.connections.resume_listener(LISTENER, rings.sources())
+    }
+
+    /// The RX ring starts. A guest that goes on where it stopped was paused: its connections go
+    /// on too. Otherwise it is another guest, or has set up its rings anew, or lived on through
+    /// something that this process did not see; only in the last case it has connections to lose.
+    fn rx_started(&mut self, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
+        let Some(ring) = rings.ring(RX) else { return Ok(()) };
+        let position = ring.next_avail();
+        if self.rx != Rx::StoppedAt(position) {
+            self.connections.forget_guest(rings.sources())?;
+            self.news = if position == 0 { News::None } else { News::Reset };
+        }
+        self.rx = Rx::Runs;
+        Ok(())
     }
 
     fn hear(&self) {

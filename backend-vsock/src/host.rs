@@ -9,16 +9,16 @@
 //! property of the kernel's state, not of the paths that are passed to it. A file descriptor of
 //! the folder, or a check of the path, would bind only a process that still behaves.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 use rustix::thread::UnshareFlags;
 
 use crate::sys;
@@ -46,14 +46,6 @@ pub enum HostError {
     /// The folder of the socket can't be opened.
     #[error("cannot open the folder {}", folder.display())]
     Folder {
-        /// The folder.
-        folder: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The folder can't become the process's root directory.
-    #[error("cannot confine the process to the folder {}", folder.display())]
-    Confine {
         /// The folder.
         folder: PathBuf,
         /// Why.
@@ -91,40 +83,55 @@ pub enum HostError {
 #[derive(Debug)]
 pub struct Host {
     listener: OwnedFd,
-    /// The socket's path in the process's new root directory.
-    path: PathBuf,
+    name: OsString,
 }
 
-/// The path of the socket that this process made; to be removed at the end.
+/// The folder that the process is to be confined to.
 #[derive(Debug)]
-pub struct Made(PathBuf);
+pub struct Folder(OwnedFd);
+
+/// What there is after the host's side was opened.
+#[derive(Debug)]
+pub struct Opened {
+    /// The sockets.
+    pub host: Host,
+    /// Where they are.
+    pub folder: Folder,
+    /// The file that was made, if any.
+    pub made: Option<Made>,
+}
+
+/// The socket that this process made; to be removed at the end.
+#[derive(Debug)]
+pub struct Made {
+    folder: OwnedFd,
+    name: OsString,
+    /// The device and inode: a successor may have taken the name since.
+    identity: (u64, u64),
+}
 
 impl Host {
-    /// Confines the process to the folder of `path` and listens there, on `listener` if it was
-    /// handed in. The process must have no other threads yet.
+    /// Listens at `path`, or on `listener` if that was handed in. The process must have no other
+    /// threads yet.
     ///
     /// # Errors
     ///
     /// See [`HostError`].
-    pub fn open(path: &Path, listener: Option<OwnedFd>) -> Result<(Self, Option<Made>), HostError> {
+    pub fn open(path: &Path, listener: Option<OwnedFd>) -> Result<Opened, HostError> {
         let name = path.file_name().ok_or_else(|| HostError::NoName { path: path.into() })?;
         if name.as_bytes().len() > NAME_BYTES {
             return Err(HostError::NameTooLong { path: path.into() });
         }
-        let folder = match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            Some(_) | None => Path::new("."),
+        let folder = open_folder(path)?;
+        let (listener, made) = match listener {
+            Some(listener) => {
+                check(&listener).map_err(|_error| HostError::NotListening { path: path.into() })?;
+                (listener, None)
+            }
+            None => listen_at(path, &folder, name)?,
         };
-        confine(folder)?;
-        let inside = Path::new("/").join(name);
-        if let Some(listener) = listener {
-            check(&listener).map_err(|_error| HostError::NotListening { path: path.into() })?;
-            return Ok((Self { listener, path: inside }, None));
-        }
-        remove_stale(&inside, path)?;
-        let listener = listen(&inside)
-            .map_err(|error| HostError::Listen { path: path.into(), source: error.into() })?;
-        Ok((Self { listener, path: inside.clone() }, Some(Made(inside))))
+        let host = Self { listener, name: name.to_owned() };
+        Ok(Opened { host, folder: Folder(folder), made })
     }
 
     /// The listening socket.
@@ -143,13 +150,15 @@ impl Host {
         Ok(rustix::net::accept_with(&self.listener, flags)?.into())
     }
 
-    /// Connects to the host program that listens for guests on `port`.
+    /// Connects to the host program that listens for guests on `port`. The process must be
+    /// confined: see [`Folder::confine`].
     ///
     /// # Errors
     ///
     /// Fails if nobody listens, or the one who does has a full backlog.
     pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
-        let mut path = OsString::from(&self.path);
+        let mut path = OsString::from("/");
+        path.push(&self.name);
         path.push(format!("_{port}"));
         let socket = socket()?;
         rustix::net::connect(&socket, &SocketAddrUnix::new(Path::new(&path))?)?;
@@ -157,27 +166,57 @@ impl Host {
     }
 }
 
-impl Made {
-    /// Removes the socket from its folder.
+impl Folder {
+    /// Makes the folder all that this process can name. It must have no other threads yet.
     ///
     /// # Errors
     ///
-    /// What `unlink` gives.
-    pub fn remove(self) -> io::Result<()> {
-        std::fs::remove_file(self.0)
+    /// Fails if the process may not change its root directory.
+    pub fn confine(&self) -> io::Result<()> {
+        leave_network();
+        rustix::process::fchdir(&self.0)?;
+        rustix::process::chroot(".")?;
+        Ok(rustix::process::chdir("/")?)
     }
 }
 
-/// Makes `folder` all that this process can name.
-fn confine(folder: &Path) -> Result<(), HostError> {
+impl Made {
+    fn of(folder: &OwnedFd, name: &OsStr) -> io::Result<Self> {
+        let (folder, name) = (folder.try_clone()?, name.to_owned());
+        let identity = identity(&folder, &name)?;
+        Ok(Self { folder, name, identity })
+    }
+
+    /// Removes the socket, unless somebody else has put another in its place. The process may
+    /// have got another root directory since.
+    ///
+    /// # Errors
+    ///
+    /// What `unlinkat` gives.
+    pub fn remove(self) -> io::Result<()> {
+        match identity(&self.folder, &self.name) {
+            Ok(found) if found == self.identity => {
+                Ok(rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::empty())?)
+            }
+            Ok(_) | Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+fn identity(folder: &OwnedFd, name: &OsStr) -> rustix::io::Result<(u64, u64)> {
+    let stat = rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    Ok((stat.st_dev, stat.st_ino))
+}
+
+fn open_folder(path: &Path) -> Result<OwnedFd, HostError> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        Some(_) | None => Path::new("."),
+    };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let opened = rustix::fs::open(folder, flags, Mode::empty())
-        .map_err(|error| HostError::Folder { folder: folder.into(), source: error.into() })?;
-    leave_network();
-    rustix::process::fchdir(&opened)
-        .and_then(|()| rustix::process::chroot("."))
-        .and_then(|()| rustix::process::chdir("/"))
-        .map_err(|error| HostError::Confine { folder: folder.into(), source: error.into() })
+    rustix::fs::open(folder, flags, Mode::empty())
+        .map_err(|error| HostError::Folder { folder: folder.into(), source: error.into() })
 }
 
 /// Leaves the network, with the right to change the root directory afterwards: as root by right,
@@ -191,40 +230,59 @@ fn leave_network() {
 }
 
 fn check(listener: &OwnedFd) -> rustix::io::Result<()> {
-    let unix = rustix::net::sockopt::socket_domain(listener)? == AddressFamily::UNIX;
-    let stream = rustix::net::sockopt::socket_type(listener)? == SocketType::STREAM;
-    let listening = rustix::net::sockopt::socket_acceptconn(listener)?;
+    let unix = sockopt::socket_domain(listener)? == AddressFamily::UNIX;
+    let stream = sockopt::socket_type(listener)? == SocketType::STREAM;
+    let listening = sockopt::socket_acceptconn(listener)?;
     if !(unix && stream && listening) {
         return Err(Errno::INVAL);
     }
     rustix::io::ioctl_fionbio(listener, true)
 }
 
-fn remove_stale(inside: &Path, path: &Path) -> Result<(), HostError> {
-    let listen_error = |source: io::Error| HostError::Listen { path: path.into(), source };
-    let stat = match rustix::fs::lstat(inside) {
+/// Listens at `name` in `folder`. It goes there for the while, since the whole path may not fit
+/// into a socket's address.
+fn listen_at(
+    path: &Path,
+    folder: &OwnedFd,
+    name: &OsStr,
+) -> Result<(OwnedFd, Option<Made>), HostError> {
+    let failed = |source: io::Error| HostError::Listen { path: path.into(), source };
+    let back = rustix::fs::open(".", OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    let back = back.map_err(|error| failed(error.into()))?;
+    rustix::process::fchdir(folder).map_err(|error| failed(error.into()))?;
+    let listener = remove_stale(path, Path::new(name)).and_then(|()| {
+        let listener = listen(Path::new(name)).map_err(|error| failed(error.into()))?;
+        Ok((listener, Some(Made::of(folder, name).map_err(failed)?)))
+    });
+    rustix::process::fchdir(&back).map_err(|error| failed(error.into()))?;
+    listener
+}
+
+/// Removes a socket that a dead predecessor left.
+fn remove_stale(path: &Path, name: &Path) -> Result<(), HostError> {
+    let failed = |error: Errno| HostError::Listen { path: path.into(), source: error.into() };
+    let stat = match rustix::fs::lstat(name) {
         Ok(stat) => stat,
         Err(Errno::NOENT) => return Ok(()),
-        Err(error) => return Err(listen_error(error.into())),
+        Err(error) => return Err(failed(error)),
     };
-    if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_socket() {
+    if !FileType::from_raw_mode(stat.st_mode).is_socket() {
         return Err(HostError::NotASocket { path: path.into() });
     }
-    let probe = socket().map_err(|error| listen_error(error.into()))?;
-    let address = SocketAddrUnix::new(inside).map_err(|error| listen_error(error.into()))?;
-    match rustix::net::connect(&probe, &address) {
-        Err(Errno::CONNREFUSED) => std::fs::remove_file(inside).map_err(listen_error),
+    let probe = socket().map_err(failed)?;
+    match rustix::net::connect(&probe, &SocketAddrUnix::new(name).map_err(failed)?) {
+        Err(Errno::CONNREFUSED) => rustix::fs::unlink(name).map_err(failed),
         Ok(()) | Err(Errno::AGAIN) => Err(HostError::InUse { path: path.into() }),
-        Err(error) => Err(listen_error(error.into())),
+        Err(error) => Err(failed(error)),
     }
 }
 
-fn listen(inside: &Path) -> rustix::io::Result<OwnedFd> {
+fn listen(name: &Path) -> rustix::io::Result<OwnedFd> {
     let listener = socket()?;
     // Before `bind`, so that the file never has another mode (unix(7): the file takes over the
     // mode of the socket, less the umask).
     rustix::fs::fchmod(&listener, Mode::RUSR | Mode::WUSR)?;
-    rustix::net::bind(&listener, &SocketAddrUnix::new(inside)?)?;
+    rustix::net::bind(&listener, &SocketAddrUnix::new(name)?)?;
     rustix::net::listen(&listener, BACKLOG)?;
     Ok(listener)
 }

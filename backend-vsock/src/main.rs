@@ -8,7 +8,9 @@ use backend_vsock::device::Vsock;
 use backend_vsock::host::{Host, Made};
 use backend_vsock::packet::Cid;
 use backend_vsock::seccomp;
+use backend_vsock::table::DESCRIPTORS_MAX;
 use clap::Parser;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 const POLICY: Policy = Policy {
     device_type: "vsock",
@@ -35,7 +37,20 @@ fn build(args: &Args, made: &mut Option<Made>) -> Result<Vsock, BuildError> {
         Ok(listener) => listener,
         Err(error) => return Err(BuildError::Usage(format!("--uds-fd: {error}"))),
     };
-    let (host, socket) = Host::open(path, listener).map_err(BuildError::resource)?;
-    *made = socket;
-    Ok(Vsock::new(Cid(cid), host))
+    allow_descriptors();
+    let opened = Host::open(path, listener).map_err(BuildError::resource)?;
+    *made = opened.made;
+    Ok(Vsock::new(Cid(cid), opened.host, opened.folder))
+}
+
+/// The usual limit is just below what a full table needs.
+fn allow_descriptors() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current.is_none_or(|current| current >= DESCRIPTORS_MAX) {
+        return;
+    }
+    let wanted = maximum.map_or(DESCRIPTORS_MAX, |maximum| maximum.min(DESCRIPTORS_MAX));
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum }) {
+        log::warn!("cannot have {wanted} open descriptors: {error}");
+    }
 }

@@ -116,7 +116,8 @@ impl Socket {
                 Progress::Port { consumed, .. } => consumed,
                 Progress::Malformed => return Ok(progress),
             };
-            let (_, read) = rustix::net::recv(&self.stream, &mut bytes[..ours], RecvFlags::empty())?;
+            let (_, read) =
+                rustix::net::recv(&self.stream, &mut bytes[..ours], RecvFlags::empty())?;
             debug_assert_eq!(read, ours, "bytes that were peeked at can be read");
             if progress != Progress::More {
                 return Ok(progress);

@@ -1,4 +1,7 @@
-#![expect(unsafe_code, reason = "unshare(2) is unsafe for what it may do to a process with threads")]
+#![expect(
+    unsafe_code,
+    reason = "unshare(2) is unsafe for what it may do to a process with threads"
+)]
 //! The one system call that has no safe binding.
 
 use std::io;

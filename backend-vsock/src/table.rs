@@ -16,6 +16,8 @@ pub const CONNECTIONS_MAX: usize = 1024;
 /// The most host programs at a time that have not named their port. Beyond that, the one that
 /// has been waiting longest has to go.
 pub const GREETINGS_MAX: usize = 64;
+/// How many descriptors a process with a full table has open, with room for the daemon's own.
+pub const DESCRIPTORS_MAX: u64 = CONNECTIONS_MAX as u64 + 256;
 /// Tokens below this are the device's own.
 const FIRST_TOKEN: u32 = 1 << 11;
 const SLOT_MASK: u32 = FIRST_TOKEN - 1;
@@ -222,8 +224,7 @@ impl Table {
     pub fn name(&mut self, slot: usize, guest: u32) {
         let ports = loop {
             let host = self.next_host_port;
-            self.next_host_port =
-                if host + 1 == HOST_PORTS.1 { HOST_PORTS.0 } else { host + 1 };
+            self.next_host_port = if host + 1 == HOST_PORTS.1 { HOST_PORTS.0 } else { host + 1 };
             // There are far more ports than connections: this ends.
             let ports = Ports { host, guest };
             if !self.by_ports.contains_key(&ports) {

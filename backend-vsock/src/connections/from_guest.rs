@@ -27,11 +27,7 @@ impl Connections {
         Ok(Stop::Budget)
     }
 
-    fn take_packet(
-        &mut self,
-        chain: &Chain,
-        sources: &mut dyn Sources,
-    ) -> Result<(), DeviceError> {
+    fn take_packet(&mut self, chain: &Chain, sources: &mut dyn Sources) -> Result<(), DeviceError> {
         let mut bytes = [0; HEADER_BYTES];
         if chain.read_at(0, &mut bytes).is_err() {
             self.faults.note("a packet is shorter than its header");

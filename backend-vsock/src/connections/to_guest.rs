@@ -73,7 +73,8 @@ impl Connections {
                 Packet::Shutdown(shut) => flags = shut.flags(),
                 Packet::Data(room_bytes) => {
                     let into = payload(chain, room_bytes.min(PAYLOAD_BYTES));
-                    let received = entry.socket.as_ref().map_or(Received::Eof, |it| it.receive(&into));
+                    let received =
+                        entry.socket.as_ref().map_or(Received::Eof, |it| it.receive(&into));
                     match received {
                         Received::Bytes(len) => len_bytes = len,
                         Received::Nothing => {
@@ -118,7 +119,7 @@ impl Connections {
 fn write_header(chain: &Chain, header: Header) -> Option<u32> {
     let written = chain.write_at(0, &header.to_bytes());
     debug_assert!(written.is_ok(), "the chain has room for a header");
-    Some(HEADER_BYTES as u32 + header.len_bytes)
+    u32::try_from(HEADER_BYTES).ok()?.checked_add(header.len_bytes)
 }
 
 /// Where the payload goes: behind the header, at most so many bytes.
