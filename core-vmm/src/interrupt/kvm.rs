@@ -1,0 +1,98 @@
+//! The interrupt controllers and doorbells of a real VM.
+
+use std::io;
+
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry,
+    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
+};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Gsi, Irqchip, MsiRoute};
+use crate::virtio::Doorbells;
+
+/// Pins of the IOAPIC that KVM emulates.
+const IOAPIC_PINS: u32 = 24;
+/// Pins of the two PICs together.
+const PIC_PINS: u32 = 16;
+
+/// The routes that KVM makes by itself when it creates its interrupt controllers: GSI n is pin n of
+/// the IOAPIC, and of the PICs as far as they go. Setting the table replaces all of it, so they are
+/// repeated each time.
+fn pin_routes() -> impl Iterator<Item = kvm_irq_routing_entry> {
+    let ioapic = (0..IOAPIC_PINS).map(|pin| pin_route(pin, KVM_IRQCHIP_IOAPIC, pin));
+    let pics = (0..PIC_PINS).map(|pin| {
+        let chip = if pin < 8 { KVM_IRQCHIP_PIC_MASTER } else { KVM_IRQCHIP_PIC_SLAVE };
+        pin_route(pin, chip, pin % 8)
+    });
+    ioapic.chain(pics)
+}
+
+fn pin_route(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
+    kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_IRQCHIP,
+        u: kvm_irq_routing_entry__bindgen_ty_1 {
+            irqchip: kvm_irq_routing_irqchip { irqchip, pin },
+        },
+        ..Default::default()
+    }
+}
+
+fn msi_route(route: &MsiRoute) -> kvm_irq_routing_entry {
+    let [low, high] = halves(route.message.address);
+    let mut msi = kvm_irq_routing_msi { address_lo: low, address_hi: high, ..Default::default() };
+    msi.data = route.message.data;
+    kvm_irq_routing_entry {
+        gsi: route.gsi.0,
+        type_: KVM_IRQ_ROUTING_MSI,
+        u: kvm_irq_routing_entry__bindgen_ty_1 { msi },
+        ..Default::default()
+    }
+}
+
+fn halves(address: u64) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = address.to_le_bytes();
+    [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
+}
+
+impl Irqchip for VmFd {
+    fn set_routes(&self, routes: &[MsiRoute]) -> io::Result<()> {
+        let entries: Vec<_> = pin_routes().chain(routes.iter().map(msi_route)).collect();
+        let table = KvmIrqRouting::from_entries(&entries)
+            .map_err(|_error| io::Error::from(io::ErrorKind::InvalidInput))?;
+        Ok(self.set_gsi_routing(&table)?)
+    }
+
+    fn bind(&self, event: &EventFd, gsi: Gsi) -> io::Result<()> {
+        Ok(self.register_irqfd(event, gsi.0)?)
+    }
+
+    fn unbind(&self, event: &EventFd, gsi: Gsi) -> io::Result<()> {
+        Ok(self.unregister_irqfd(event, gsi.0)?)
+    }
+}
+
+impl Doorbells for VmFd {
+    fn ring_at(&self, address: u64, kick: &EventFd) -> io::Result<()> {
+        Ok(self.register_ioevent(kick, &IoEventAddress::Mmio(address), NoDatamatch)?)
+    }
+
+    fn silence(&self, address: u64, kick: &EventFd) -> io::Result<()> {
+        Ok(self.unregister_ioevent(kick, &IoEventAddress::Mmio(address), NoDatamatch)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_pin_keeps_its_route() {
+        let routes: Vec<_> = pin_routes().collect();
+        assert_eq!(routes.len(), 40);
+        assert!((0..24).all(|gsi| routes.iter().any(|route| route.gsi == gsi)));
+    }
+}

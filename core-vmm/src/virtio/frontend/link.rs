@@ -1,0 +1,156 @@
+//! One connection to a backend, and what can go wrong on it.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vhost::vhost_user::Frontend;
+
+use crate::virtio::watchdog::Watchdog;
+
+/// Why a device has no backend (any more).
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FrontendError {
+    /// The host refused a descriptor or an eventfd.
+    #[error("cannot {what}")]
+    Host {
+        /// What was attempted.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The backend did not answer in time and was cut off.
+    #[error("the backend did not {step} within {limit_ms} ms")]
+    Hung {
+        /// What it was to do.
+        step: &'static str,
+        /// How long it had.
+        limit_ms: u128,
+    },
+    /// The backend hung up, refused, or sent something that is no answer.
+    #[error("the backend did not {step}")]
+    Conversation {
+        /// What it was to do.
+        step: &'static str,
+        /// What the connection says.
+        source: vhost::Error,
+    },
+    /// The backend hung up while nothing was asked of it.
+    #[error("the backend hung up")]
+    HungUp,
+    /// The backend sent a message that nobody asked for.
+    #[error("the backend sent a message unasked")]
+    Unasked,
+    /// The backend signalled an error on a ring.
+    #[error("the backend reported an error on a ring")]
+    Ring,
+    /// The backend is of a time before virtio 1.0.
+    #[error("the backend does not offer VIRTIO_F_VERSION_1 (its features are {features:#x})")]
+    NoVersion1 {
+        /// What it offers.
+        features: u64,
+    },
+    /// The supervisor wants queues that the backend does not have.
+    #[error("the device needs {wanted} queues, the backend has {offered}")]
+    Queues {
+        /// How many there are to be; at most 256.
+        wanted: u64,
+        /// How many the backend has.
+        offered: u64,
+    },
+    /// The supervisor's queue size is none.
+    #[error("{size} is no size for a queue")]
+    QueueSize {
+        /// No power of two, or above 32768.
+        size: u16,
+    },
+    /// The supervisor's configuration is longer than vhost-user can carry.
+    #[error("a configuration of {len_bytes} bytes is too long")]
+    ConfigLength {
+        /// How long it is.
+        len_bytes: usize,
+    },
+    /// The memory can't be shared with a backend.
+    #[error("guest memory can't be shared: {reason}")]
+    Memory {
+        /// Why not.
+        reason: &'static str,
+    },
+}
+
+/// Whether a connection that nobody uses at the moment is as it should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkState {
+    /// Open and silent.
+    Quiet,
+    /// Closed by the other end.
+    Closed,
+    /// Something arrived, though nothing was asked.
+    Unasked,
+}
+
+/// A connection.
+pub(super) struct Link {
+    frontend: Frontend,
+    /// The same connection, for looking at it and for cutting it off.
+    socket: UnixStream,
+    watchdog: Watchdog,
+}
+
+impl Link {
+    pub(super) fn new(
+        socket: UnixStream,
+        max_queues: u16,
+        watchdog: &Watchdog,
+    ) -> Result<Self, FrontendError> {
+        let own = socket.try_clone().map_err(|source| FrontendError::Host {
+            what: "duplicate a backend's socket",
+            source,
+        })?;
+        let frontend = Frontend::from_stream(socket, max_queues.into());
+        Ok(Self { frontend, socket: own, watchdog: watchdog.clone() })
+    }
+
+    /// Talks with the backend to make it do `step`, for at most `limit`.
+    pub(super) fn converse<T>(
+        &mut self,
+        step: &'static str,
+        limit: Duration,
+        talk: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
+    ) -> Result<T, FrontendError> {
+        let watch = self.watchdog.watch(&self.socket, limit).map_err(|source| {
+            FrontendError::Host { what: "duplicate a backend's socket", source }
+        })?;
+        let result = talk(&mut self.frontend);
+        if watch.expired() {
+            return Err(FrontendError::Hung { step, limit_ms: limit.as_millis() });
+        }
+        result.map_err(|source| FrontendError::Conversation { step, source })
+    }
+
+    pub(super) fn state(&self) -> LinkState {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::IN | PollFlags::RDHUP)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        if let Err(error) = poll(&mut fds, Some(&now)) {
+            log::debug!("cannot look at a backend's socket: {error}");
+            return LinkState::Quiet;
+        }
+        let events = fds[0].revents();
+        if events.intersects(PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR) {
+            LinkState::Closed
+        } else if events.contains(PollFlags::IN) {
+            LinkState::Unasked
+        } else {
+            LinkState::Quiet
+        }
+    }
+}
+
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

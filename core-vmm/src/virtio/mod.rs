@@ -1,0 +1,57 @@
+//! One generic virtio device: virtio-pci towards the guest, vhost-user towards its backend.
+//!
+//! The core knows no device type. What a type needs to be known for (its id, how long its
+//! configuration is) the supervisor says in [`DeviceConfig`].
+//!
+//! ```text
+//!            vCPU threads                        control thread
+//!   ┌─────────────────────────────┐   ┌───────────────────────────────────┐
+//!   │ VirtioFunction: PciFunction │   │ VirtioDevice                      │
+//!   │  config space, MSI-X        │   │  frontend:                        │
+//!   │  pci_registers (pure)       │──▶│   Connected ▶ Negotiated ▶ Running│──▶ backend
+//!   │  config cache, doorbells    │   │                  ▲            │   │
+//!   └─────────────────────────────┘   │                  └── reset ───┘   │
+//!       one lock, register work       └───────────────────────────────────┘
+//! ```
+//!
+//! A vCPU never waits for a backend. DRIVER_OK, a reset and writes to the device's configuration
+//! are left for the control thread, which is told through an eventfd; reads of the configuration
+//! are answered from a cache; a reset reads back as not done until the control thread did it.
+//!
+//! # How to use it
+//!
+//! ```text
+//! let watchdog = Watchdog::start()?;              // before seccomp: one thread
+//! let negotiated = connect(config, stream, &watchdog)?;   // any thread; several at once
+//! let services = Services { router, doorbells };          // Arc<MsiRouter>, Arc<VmFd>
+//! let mut device = VirtioDevice::new(negotiated, &services)?;
+//! let slot = bus.attach(device.function())?;      // before the first vCPU runs, or hot-added
+//! epoll.add(device.ready_fd(), EPOLLIN);          // level-triggered; the one fd of this device
+//! ...
+//! device.process(&memory);                        // when ready_fd() is readable; never fails
+//! device.reset();                                 // the whole VM resets (vCPUs stopped)
+//! ```
+//!
+//! `ready_fd()` is an epoll instance of the device's own: it holds the doorbell of the vCPUs, the
+//! backend's socket and its error eventfd, and the device changes what is in there when its backend
+//! is lost or returns. The control loop registers it once and never changes it.
+//!
+//! A vCPU thread may do: `ioctl` with KVM_IOEVENTFD, KVM_IRQFD and KVM_SET_GSI_ROUTING; `write` and
+//! `read` on eventfds; `poll`. The control thread: the same, `sendmsg`, `recvmsg`, `epoll_ctl`. The
+//! watchdog's thread: `shutdown`. All: `futex`.
+
+mod bar_layout;
+mod device;
+pub mod device_kind;
+mod doorbell;
+pub mod features;
+pub mod frontend;
+mod function;
+pub mod pci_registers;
+pub mod watchdog;
+
+pub use device::{DeviceError, Services, VirtioDevice};
+pub use device_kind::DeviceKind;
+pub use doorbell::Doorbells;
+pub use frontend::{DeviceConfig, FrontendError, Negotiated, connect};
+pub use watchdog::Watchdog;
