@@ -93,7 +93,8 @@ pub(super) fn filter(kind: Kind<'_>) -> Result<BpfProgram, BackendError> {
     let mut rules = constrained()?;
     for number in EVERYWHERE.iter().chain(own) {
         // No rules means: whatever the arguments.
-        rules.insert(*number, Vec::new());
+        let own_rules = if *number == libc::SYS_socket { unix_only()? } else { Vec::new() };
+        rules.insert(*number, own_rules);
     }
     let arch = TargetArch::try_from(env::consts::ARCH)?;
     SeccompFilter::new(rules, otherwise(), SeccompAction::Allow, arch)?.try_into()
@@ -112,6 +113,12 @@ fn constrained() -> Result<Rules, BackendError> {
         // How the standard library makes a socket non-blocking.
         (libc::SYS_ioctl, vec![exactly(libc::FIONBIO)?]),
     ]))
+}
+
+/// A device that makes sockets makes Unix sockets: others (vsock, crypto, netlink) reach what no
+/// root directory and no network namespace bounds.
+fn unix_only() -> Result<Vec<SeccompRule>, BackendError> {
+    Ok(vec![condition(0, SeccompCmpOp::Eq, u64::from(libc::AF_UNIX.unsigned_abs()))?])
 }
 
 fn condition(argument: u8, how: SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
