@@ -105,7 +105,8 @@ impl Msix {
 
     /// Fills `data` from the table; what lies beyond it reads as zero.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
-        for (at, byte) in (offset..).zip(data) {
+        for (index, byte) in (0..).zip(data) {
+            let at = offset.saturating_add(index);
             let entry = usize::try_from(at / ENTRY_LEN_BYTES)
                 .ok()
                 .and_then(|index| self.entries.get(index));
@@ -131,7 +132,8 @@ impl Msix {
 
     /// Fills `data` from the pending bits; `is_pending` is asked for masked vectors only.
     pub fn read_pending(&self, offset: u64, data: &mut [u8], is_pending: impl Fn(u16) -> bool) {
-        for (at, byte) in (offset..).zip(data) {
+        for (index, byte) in (0..).zip(data) {
+            let at = offset.saturating_add(index);
             let vectors = (0..8_u64).map(|bit| (bit, at.saturating_mul(8).saturating_add(bit)));
             *byte = vectors
                 .filter_map(|(bit, vector)| Some((bit, u16::try_from(vector).ok()?)))

@@ -5,7 +5,6 @@
 //! any error, hang-up or time-out ─▶ Lost: NEEDS_RESET, the VM lives on
 //! ```
 
-use std::error::Error;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,6 +18,7 @@ use super::doorbell::Doorbells;
 use super::frontend::{FrontendError, Kept, LinkState, Lost, Negotiated, Running, StartError};
 use super::function::{Parts, Request, VirtioFunction};
 use super::pci_registers::{Activation, ConfigWrite, PciRegisters};
+use crate::error_chain;
 use crate::interrupt::{MsiRouter, Vectors, descriptor};
 use crate::pci::PciFunction;
 
@@ -208,7 +208,7 @@ impl VirtioDevice {
 
     /// The connection is over: its socket is closed, which takes it out of the epoll instance.
     fn lose(&mut self, lost: Lost) {
-        log::error!("{}: lost its backend: {}", self.name, chain(&lost.error));
+        log::error!("{}: lost its backend: {}", self.name, error_chain(&lost.error));
         // A process that still holds the other end could keep the control thread busy with it.
         if let Err(error) = epoll::delete(&self.ready, descriptor(&lost.kept.error_event)) {
             log::warn!("{}: cannot stop looking at the error eventfd: {error}", self.name);
@@ -282,18 +282,6 @@ fn watch(ready: &OwnedFd, fd: BorrowedFd<'_>) -> Result<(), DeviceError> {
     // Nobody reads the instance's events: which one is ready is found out by looking.
     epoll::add(ready, fd, epoll::EventData::new_u64(0), events)
         .map_err(|errno| host("watch a descriptor")(errno.into()))
-}
-
-/// An error and its sources, for the log.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        text.push_str(": ");
-        text.push_str(&source.to_string());
-        next = source.source();
-    }
-    text
 }
 
 impl fmt::Debug for VirtioDevice {

@@ -10,8 +10,13 @@
 //!   └── finish_reset ◀── resetting (status still reads as before) ◀─ 0 ──┘
 //! ```
 
+mod queue;
+
 use super::features;
 use crate::interrupt::{NO_VECTOR, SourceIndex};
+use queue::Queue;
+
+pub use queue::QueueLayout;
 
 /// The device status bits (virtio 1.3, section 2.1).
 pub mod status {
@@ -59,19 +64,6 @@ pub struct ConfigWrite {
     pub bytes: Vec<u8>,
 }
 
-/// Where a driver put a queue, and how large it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QueueLayout {
-    /// Descriptors; a power of two.
-    pub size: u16,
-    /// Guest-physical address of the descriptor table.
-    pub descriptors: u64,
-    /// Guest-physical address of the available ring.
-    pub available: u64,
-    /// Guest-physical address of the used ring.
-    pub used: u64,
-}
-
 /// What a driver agreed upon when it became ready.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Activation {
@@ -79,21 +71,6 @@ pub struct Activation {
     pub features: u64,
     /// For each queue its layout, if the driver enabled it.
     pub queues: Vec<Option<QueueLayout>>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Queue {
-    max_size: u16,
-    layout: QueueLayout,
-    vector: u16,
-    enabled: bool,
-}
-
-impl Queue {
-    fn new(max_size: u16) -> Self {
-        let layout = QueueLayout { size: max_size, descriptors: 0, available: 0, used: 0 };
-        Self { max_size, layout, vector: NO_VECTOR, enabled: false }
-    }
 }
 
 /// All registers but the notification area, which has no state.
@@ -224,7 +201,8 @@ impl PciRegisters {
 
     /// Fills `data` from the device's configuration; what lies beyond it reads as zero.
     pub fn read_config(&self, offset: u64, data: &mut [u8]) {
-        for (at, byte) in (offset..).zip(data) {
+        for (index, byte) in (0..).zip(data) {
+            let at = offset.saturating_add(index);
             let known = usize::try_from(at).ok().and_then(|at| self.config.get(at));
             *byte = known.copied().unwrap_or(0);
         }
@@ -250,7 +228,8 @@ impl PciRegisters {
     /// Fills `data` from the common configuration; what lies beyond it reads as zero.
     pub fn read_common(&self, offset: u64, data: &mut [u8]) {
         let common = self.common();
-        for (at, byte) in (offset..).zip(data) {
+        for (index, byte) in (0..).zip(data) {
+            let at = offset.saturating_add(index);
             let known = usize::try_from(at).ok().and_then(|at| common.get(at));
             *byte = known.copied().unwrap_or(0);
         }
@@ -302,22 +281,16 @@ impl PciRegisters {
             (0x14, &[status]) => return self.set_status(status),
             (0x16, &[a, b]) => self.queue_select = u16::from_le_bytes([a, b]),
             (0x1a, &[a, b]) => return self.set_queue_vector(u16::from_le_bytes([a, b])),
-            (0x18 | 0x1c, &[a, b]) => {
-                return self.set_queue_word(offset, u16::from_le_bytes([a, b]));
+            (0x18, &[a, b]) => {
+                let size = u16::from_le_bytes([a, b]);
+                return self.set_up_queue(|queue| queue.set_size(size));
             }
-            (0x20..0x38, &[a, b, c, d]) if offset.is_multiple_of(4) => {
-                return self.set_queue_address(
-                    offset,
-                    u64::from(u32::from_le_bytes([a, b, c, d])),
-                    32,
-                );
-            }
-            (0x20..0x38, &[a, b, c, d, e, f, g, h]) if offset.is_multiple_of(8) => {
-                return self.set_queue_address(
-                    offset,
-                    u64::from_le_bytes([a, b, c, d, e, f, g, h]),
-                    64,
-                );
+            // There is no way to disable one queue (virtio 1.3, section 4.1.4.3.2).
+            (0x1c, &[1, 0]) => return self.set_up_queue(Queue::enable),
+            (0x20..0x38, &[_, _, _, _] | &[_, _, _, _, _, _, _, _])
+                if offset.is_multiple_of(data.len() as u64) =>
+            {
+                return self.set_up_queue(|queue| queue.set_address(offset - 0x20, data));
             }
             _ => return Effect::Refused("wrote to no field of the common configuration"),
         }
@@ -394,38 +367,12 @@ impl PciRegisters {
         self.queues.get_mut(usize::from(self.queue_select)).filter(|queue| open && !queue.enabled)
     }
 
-    fn set_queue_word(&mut self, offset: u64, value: u16) -> Effect {
-        let Some(queue) = self.open_queue() else {
-            return Effect::Refused("set up a queue that is running or does not exist");
-        };
-        match (offset, value) {
-            (0x18, size) if size.is_power_of_two() && size <= queue.max_size => {
-                queue.layout.size = size;
-                Effect::None
-            }
-            (0x1c, 1) => {
-                queue.enabled = true;
-                Effect::None
-            }
-            _ => Effect::Refused("chose an impossible size or state for a queue"),
+    fn set_up_queue(&mut self, set: impl FnOnce(&mut Queue) -> bool) -> Effect {
+        match self.open_queue().map(set) {
+            Some(true) => Effect::None,
+            Some(false) => Effect::Refused("chose an impossible size or state for a queue"),
+            None => Effect::Refused("set up a queue that is running or does not exist"),
         }
-    }
-
-    fn set_queue_address(&mut self, offset: u64, value: u64, bits: u32) -> Effect {
-        let Some(queue) = self.open_queue() else {
-            return Effect::Refused("moved a queue that is running or does not exist");
-        };
-        let address = match offset & !7 {
-            0x20 => &mut queue.layout.descriptors,
-            0x28 => &mut queue.layout.available,
-            _ => &mut queue.layout.used,
-        };
-        *address = match (bits, offset % 8) {
-            (64, _) => value,
-            (_, 0) => *address & !0xffff_ffff | value,
-            _ => *address & 0xffff_ffff | value << 32,
-        };
-        Effect::None
     }
 }
 
@@ -440,5 +387,4 @@ fn half(features: u64, select: u32) -> u32 {
 }
 
 #[cfg(test)]
-#[path = "pci_registers_tests.rs"]
 mod tests;
