@@ -321,3 +321,6 @@ impl Connection {
         (readable && !self.asked_credit).then_some(Packet::CreditRequest)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@ pub mod connection;
 pub mod connections;
 pub mod credit;
 pub mod device;
+pub mod entry;
 pub mod fault;
 pub mod handshake;
 pub mod host;

@@ -20,7 +20,7 @@ pub const TYPE_STREAM: u16 = 1;
 pub struct Cid(pub u64);
 
 /// The two ports of a connection, which name it: the host's context id and the guest's are fixed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ports {
     /// The host's port.
     pub host: u32,

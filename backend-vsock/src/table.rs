@@ -5,9 +5,10 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 
-use backend_daemon::device::{Interest, Sources, Token};
+use backend_daemon::device::{Sources, Token};
 
 use crate::connection::{Connection, Event, Phase};
+use crate::entry::Entry;
 use crate::packet::Ports;
 use crate::socket::Socket;
 
@@ -24,22 +25,6 @@ const SLOT_MASK: u32 = FIRST_TOKEN - 1;
 /// Host ports for host programs: out of the way of those that guests connect to.
 const HOST_PORTS: (u32, u32) = (1 << 30, 1 << 31);
 
-/// One connection with its host program's socket.
-#[derive(Debug)]
-pub struct Entry {
-    /// Its state.
-    pub machine: Connection,
-    /// Its name, once it has one.
-    pub ports: Option<Ports>,
-    /// The host program's end, until that is closed.
-    pub socket: Option<Socket>,
-    /// The host program may have sent something that is not read yet.
-    pub readable: bool,
-    token: Token,
-    /// Whether it waits for its turn.
-    queued: bool,
-}
-
 /// The connections.
 #[derive(Debug)]
 pub struct Table {
@@ -55,82 +40,6 @@ pub struct Table {
     /// A slot became free since somebody asked.
     freed: bool,
     generation: u32,
-}
-
-impl Entry {
-    /// The name of its event source.
-    #[must_use]
-    pub fn token(&self) -> Token {
-        self.token
-    }
-
-    /// Writes what waits for the host program.
-    pub fn flush(&mut self) {
-        let Some(socket) = &mut self.socket else { return };
-        match socket.flush() {
-            Ok(len) => self.forwarded(len),
-            Err(error) => {
-                log::debug!("a host program takes no more: {error}");
-                self.deafen();
-            }
-        }
-    }
-
-    /// The host program takes no more: forget what waits for it.
-    pub fn deafen(&mut self) {
-        self.machine.apply(Event::HostDeaf);
-        let lost = self.socket.as_mut().map_or(0, Socket::discard);
-        self.forwarded(lost);
-    }
-
-    /// Takes note that so many bytes of the guest left our buffer.
-    pub fn forwarded(&mut self, len: usize) {
-        // The credit bounds the buffer to far less.
-        self.machine.credit.forward(u32::try_from(len).unwrap_or(u32::MAX));
-    }
-
-    /// Does to the host program's socket what follows from the machine's state.
-    fn settle(&mut self, sources: &mut dyn Sources) -> io::Result<()> {
-        let Some(socket) = &mut self.socket else { return Ok(()) };
-        if socket.is_flushed() {
-            self.machine.apply(Event::Flushed);
-        }
-        let guest = self.machine.guest_shut();
-        if guest.send && socket.is_flushed() {
-            socket.end_writing();
-        }
-        if guest.receive {
-            socket.end_reading();
-        }
-        let read = match self.machine.phase() {
-            Phase::Greeting => true,
-            Phase::Open => {
-                self.machine.wants_host_bytes()
-                    && !self.readable
-                    && self.machine.credit.available() > 0
-            }
-            Phase::Requesting | Phase::Requested | Phase::Accepting => false,
-            Phase::Resetting | Phase::Gone => {
-                if socket.is_flushed() {
-                    socket.unwatch(self.token, sources)?;
-                    self.socket = None;
-                    return Ok(());
-                }
-                false
-            }
-        };
-        let interest = match (read, !socket.is_flushed()) {
-            (false, false) => Interest::Nothing,
-            (true, false) => Interest::Read,
-            (false, true) => Interest::Write,
-            (true, true) => Interest::ReadWrite,
-        };
-        socket.set_interest(self.token, interest, sources)
-    }
-
-    fn is_over(&self) -> bool {
-        self.machine.phase() == Phase::Gone && self.socket.is_none()
-    }
 }
 
 impl Table {
@@ -155,6 +64,12 @@ impl Table {
         self.free.is_empty() && self.slots.len() == CONNECTIONS_MAX
     }
 
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.free.len() == self.slots.len()
+    }
+
     /// Adds a connection; `socket` makes its host end, given its token. `None` if the table is
     /// full.
     ///
@@ -174,7 +89,7 @@ impl Table {
         self.generation = self.generation.wrapping_add(1);
         let token = token(slot, self.generation);
         let socket = match socket(token) {
-            Ok(socket) => Some(socket),
+            Ok(socket) => socket,
             Err(error) => {
                 if slot < self.slots.len() {
                     self.free.push(slot);
@@ -191,8 +106,7 @@ impl Table {
         if let Some(ports) = ports {
             self.by_ports.insert(ports, slot);
         }
-        let entry = Entry { machine, ports, socket, readable: false, token, queued: false };
-        self.slots[slot] = Some(entry);
+        self.slots[slot] = Some(Entry::new(machine, ports, token, socket));
         Ok(Some(slot))
     }
 
@@ -211,7 +125,7 @@ impl Table {
     #[must_use]
     pub fn find_token(&self, token: Token) -> Option<usize> {
         let slot = usize::try_from(token.0 & SLOT_MASK).ok()?;
-        self.slots.get(slot)?.as_ref().filter(|entry| entry.token == token).map(|_entry| slot)
+        self.slots.get(slot)?.as_ref().filter(|entry| entry.token() == token).map(|_entry| slot)
     }
 
     /// All slots that are in use.
@@ -255,8 +169,7 @@ impl Table {
         };
         entry.settle(sources)?;
         let phase = entry.machine.phase();
-        if !entry.queued && entry.machine.next(entry.readable).is_some() {
-            entry.queued = true;
+        if entry.machine.next(entry.readable).is_some() && !entry.set_queued(true) {
             self.turns.push_back(slot);
         }
         let unnamed = if phase == Phase::Gone { entry.ports.take() } else { None };
@@ -280,7 +193,7 @@ impl Table {
     pub fn take_turn(&mut self) -> Option<usize> {
         let slot = self.turns.pop_front()?;
         if let Some(entry) = self.get(slot) {
-            entry.queued = false;
+            entry.set_queued(false);
         }
         Some(slot)
     }
@@ -309,4 +222,138 @@ fn token(slot: usize, generation: u32) -> Token {
     let slot = u32::try_from(slot).unwrap_or(SLOT_MASK) & SLOT_MASK;
     let generation = generation.wrapping_mul(FIRST_TOKEN);
     Token(if generation == 0 { FIRST_TOKEN | slot } else { generation | slot })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::os::fd::BorrowedFd;
+    use std::os::unix::net::UnixStream;
+
+    use backend_daemon::device::Interest;
+
+    use super::*;
+    use crate::connection::Packet;
+    use crate::packet::Op;
+
+    /// Polls nothing.
+    struct NoSources;
+
+    impl Sources for NoSources {
+        fn add(&mut self, _: BorrowedFd<'_>, _: Token, _: Interest) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn modify(&mut self, _: BorrowedFd<'_>, _: Token, _: Interest) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn remove(&mut self, _: BorrowedFd<'_>, _: Token) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn greet(table: &mut Table) -> (usize, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let slot = table.insert(Connection::greeting(), None, |token| {
+            Socket::watch(ours, token, Interest::Read, &mut NoSources)
+        });
+        (slot.unwrap().unwrap(), theirs)
+    }
+
+    fn end(table: &mut Table, slot: usize) {
+        table.get(slot).unwrap().machine.apply(Event::HostGone);
+        table.settle(slot, &mut NoSources).unwrap();
+    }
+
+    #[test]
+    fn a_slot_that_changes_hands_has_another_token() {
+        let mut table = Table::new();
+        let mut tokens = HashSet::new();
+        assert!(table.is_empty());
+        for _ in 0..100 {
+            let (slot, _program) = greet(&mut table);
+            assert_eq!(slot, 0);
+            let token = table.get(slot).unwrap().token();
+            assert_eq!(table.find_token(token), Some(slot));
+            assert!(tokens.insert(token));
+            assert!(!table.take_freed() && !table.is_empty());
+            end(&mut table, slot);
+            assert!(table.take_freed());
+            assert!(table.is_empty());
+            assert_eq!(table.find_token(token), None);
+        }
+    }
+
+    #[test]
+    fn names_are_never_given_twice_even_when_the_ports_wrap() {
+        let mut table = Table::new();
+        table.next_host_port = HOST_PORTS.1 - 2;
+        let mut names = HashSet::new();
+        let mut programs = Vec::new();
+        for _ in 0..10 {
+            let (slot, program) = greet(&mut table);
+            programs.push(program);
+            table.name(slot, 80);
+            let ports = table.get(slot).unwrap().ports.unwrap();
+            assert!((HOST_PORTS.0..HOST_PORTS.1).contains(&ports.host));
+            assert_eq!(table.find(ports), Some(slot));
+            assert!(names.insert(ports));
+            // The next one would get this port again.
+            table.next_host_port = ports.host;
+        }
+    }
+
+    #[test]
+    fn whoever_has_had_a_turn_waits_for_all_others() {
+        let mut table = Table::new();
+        let mut programs = Vec::new();
+        for port in 0..3 {
+            let (slot, program) = greet(&mut table);
+            programs.push(program);
+            table.name(slot, port);
+            table.settle(slot, &mut NoSources).unwrap();
+            table.settle(slot, &mut NoSources).unwrap();
+        }
+        for expected in [0, 1, 2, 0, 1, 2] {
+            let slot = table.take_turn().unwrap();
+            assert_eq!(slot, expected);
+            // It has not said what it has to say.
+            table.settle(slot, &mut NoSources).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_full_table_refuses_and_an_ended_connection_makes_room() {
+        let mut table = Table::new();
+        // Slots are enough; nobody asks for what is in them.
+        table.slots.resize_with(CONNECTIONS_MAX, || None);
+        assert!(table.is_full());
+        table.free.push(7);
+        assert!(!table.is_full());
+        let (slot, _program) = greet(&mut table);
+        assert_eq!(slot, 7);
+        assert!(table.is_full());
+        end(&mut table, slot);
+        assert!(!table.is_full());
+    }
+
+    #[test]
+    fn a_connection_that_ends_gives_its_name_back_while_its_bytes_are_still_under_way() {
+        let mut table = Table::new();
+        let (slot, _program) = greet(&mut table);
+        table.name(slot, 1);
+        let entry = table.get(slot).unwrap();
+        let ports = entry.ports.unwrap();
+        entry.socket.as_mut().unwrap().keep(b"under way");
+        entry.machine.apply(Event::Sent(Packet::Request));
+        entry.machine.apply(Event::Packet { op: Op::Reset, flags: 0, len_bytes: 0 });
+        table.settle(slot, &mut NoSources).unwrap();
+        assert_eq!(table.find(ports), None);
+        let entry = table.get(slot).unwrap();
+        assert!(entry.socket.is_some());
+        entry.socket.as_mut().unwrap().discard();
+        table.settle(slot, &mut NoSources).unwrap();
+        assert!(table.get(slot).is_none());
+    }
 }

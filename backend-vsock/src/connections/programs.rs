@@ -6,9 +6,9 @@ use backend_daemon::device::{DeviceError, Interest, Sources, Token};
 
 use super::{Connections, cannot_poll};
 use crate::connection::{Connection, Event, Phase};
+use crate::entry::Entry;
 use crate::handshake::Progress;
 use crate::socket::Socket;
-use crate::table::Entry;
 
 impl Connections {
     /// Takes the host programs that wait to be connected, as long as there is room.
@@ -27,6 +27,10 @@ impl Connections {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+                // No connection's end will bring back what is missing.
+                Err(source) if self.table.is_empty() => {
+                    return Err(DeviceError::Host { what: "cannot take host programs", source });
+                }
                 Err(error) => {
                     log::warn!("cannot take a host program: {error}");
                     break;

@@ -1,5 +1,6 @@
 //! Half-closes, closes, and what must arrive before them.
 
+use std::fs;
 use std::io::{ErrorKind, Write};
 use std::net::Shutdown;
 
@@ -163,6 +164,30 @@ fn bytes_for_a_program_that_is_gone_do_not_use_up_credit() {
             other => panic!("unexpected {other:?}"),
         }
     }
+}
+
+#[test]
+fn a_program_that_is_gone_while_the_guest_keeps_its_end_costs_no_time() {
+    let device = Device::start();
+    let mut guest = Guest::connect(&device.daemon.socket());
+    let mut program = device.ask(1);
+    let stream = guest.grant(4096);
+    greeted(&mut program);
+    // Unread bytes keep the stream's end from the guest, which has no buffer for more.
+    program.write_all(&[1; 10_000]).unwrap();
+    drop(program);
+    while guest.next_for(SILENCE).is_some() {}
+    let before = cpu_ticks(device.daemon.id());
+    guest.expect_silence();
+    assert!(cpu_ticks(device.daemon.id()) - before <= 3, "the device spins");
+    stream.say(&mut guest, Op::Reset, 0);
+}
+
+/// The time that a process has spent in both modes: fields 14 and 15 of its stat (proc(5)).
+fn cpu_ticks(process: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+    let fields = stat.rsplit_once(')').unwrap().1.split_whitespace();
+    fields.skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
 }
 
 /// Sends as much as the device takes while the program reads nothing: both the program's socket
