@@ -318,6 +318,16 @@ pub fn skip(segments: &[Segment], offset: u64) -> impl Iterator<Item = Segment> 
     })
 }
 
+/// The segments' first `bytes` bytes.
+pub fn take(segments: impl Iterator<Item = Segment>, bytes: u64) -> impl Iterator<Item = Segment> {
+    let mut left = bytes;
+    segments.map_while(move |segment| {
+        let part = segment.head(usize::try_from(left).unwrap_or(usize::MAX));
+        left -= part.len() as u64;
+        (!part.is_empty()).then_some(part)
+    })
+}
+
 /// The segments' total length, in bytes.
 #[must_use]
 pub fn total(segments: &[Segment]) -> u64 {

@@ -1,0 +1,119 @@
+//! The command line, as typed, and the device that it describes.
+
+use std::fs::File;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use backend_daemon::process::{BuildError, DaemonArgs, inherited_fd};
+
+use crate::device::BlockDevice;
+use crate::disk::{Disk, Mode};
+
+/// Serves a raw disk image or a block device to one guest.
+#[derive(Debug, clap::Parser)]
+#[command(name = "nacre-blk", version, about)]
+pub struct Args {
+    /// The image or block device to serve
+    #[arg(
+        long,
+        value_name = "PATH",
+        conflicts_with = "disk_fd",
+        required_unless_present_any = ["disk_fd", "print_capabilities"]
+    )]
+    disk: Option<PathBuf>,
+    /// Serve what is open under this inherited descriptor instead
+    #[arg(long, value_name = "N")]
+    disk_fd: Option<RawFd>,
+    /// Refuse writes, and let others read the image too
+    #[arg(long)]
+    read_only: bool,
+    /// Bypass the host's page cache
+    #[arg(long)]
+    direct: bool,
+    /// How many queues to offer, each with a thread of its own
+    #[arg(long, value_name = "N", default_value_t = 1,
+        value_parser = clap::value_parser!(u16).range(1..=64))]
+    num_queues: u16,
+    /// How many descriptors a queue has at most, a power of two
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = queue_size)]
+    queue_size: u16,
+    /// The serial number that the guest sees, at most 20 bytes
+    #[arg(long, value_name = "ID", default_value = "", value_parser = serial)]
+    serial: String,
+    /// What all backends have in common.
+    #[command(flatten)]
+    pub daemon: DaemonArgs,
+}
+
+/// The longest serial number: `VIRTIO_BLK_ID_BYTES`.
+const SERIAL_BYTES: usize = 20;
+
+impl Args {
+    /// Opens and locks the disk, and makes the device of it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the disk can't be had, or can't be a disk.
+    pub fn device(&self) -> Result<BlockDevice, BuildError> {
+        let mode = Mode { read_only: self.read_only, direct: self.direct };
+        let disk = match (&self.disk, self.disk_fd) {
+            (Some(path), _) => Disk::open(path, mode),
+            (None, Some(number)) => inherited_fd(number)
+                .map_err(|source| crate::disk::DiskError::Descriptor { number, source })
+                .and_then(|fd| Disk::adopt(File::from(fd), &format!("descriptor {number}"), mode)),
+            (None, None) => return Err(BuildError::Usage("no disk was given".to_owned())),
+        };
+        let disk = disk.map_err(BuildError::resource)?;
+        let mut serial = [0; SERIAL_BYTES];
+        serial[..self.serial.len()].copy_from_slice(self.serial.as_bytes());
+        Ok(BlockDevice::new(disk, serial, self.num_queues, self.queue_size))
+    }
+}
+
+fn queue_size(typed: &str) -> Result<u16, String> {
+    let size: u16 = typed.parse().map_err(|_error| "no number of descriptors".to_owned())?;
+    if (4..=1024).contains(&size) && size.is_power_of_two() {
+        return Ok(size);
+    }
+    Err("a queue has a power of two of descriptors, from 4 to 1024".to_owned())
+}
+
+fn serial(typed: &str) -> Result<String, String> {
+    if typed.len() <= SERIAL_BYTES && typed.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Ok(typed.to_owned());
+    }
+    Err(format!("a serial number has at most {SERIAL_BYTES} printable ASCII characters"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory as _, Parser as _};
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        let parse = |extra: &[&str]| {
+            let base = ["nacre-blk", "--socket-path", "/s", "--disk", "/d"];
+            Args::try_parse_from(base.iter().chain(extra))
+        };
+        assert!(parse(&[]).is_ok());
+        for bad in [
+            ["--queue-size", "100"],
+            ["--queue-size", "2"],
+            ["--num-queues", "0"],
+            ["--serial", "123456789012345678901"],
+            ["--disk-fd", "5"],
+            ["--fd", "5"],
+        ] {
+            assert!(parse(&bad).is_err(), "{bad:?}");
+        }
+        assert!(Args::try_parse_from(["nacre-blk", "--socket-path", "/s"]).is_err());
+        assert!(Args::try_parse_from(["nacre-blk", "--print-capabilities"]).is_ok());
+    }
+}
