@@ -4,6 +4,7 @@
 
 pub mod exit;
 pub mod stream;
+pub mod vmm;
 
 mod generated;
 

@@ -1,0 +1,272 @@
+//! THE loop: one thread owns the VM, and everything that happens to the VM as a whole happens here.
+//!
+//! ```text
+//! vCPU threads, devices ──▶ mailbox ─┐
+//! SIGTERM and the like ──▶ signalfd ─┼──▶ epoll ──▶ Control ──▶ Vm
+//! supervisor ──▶ control socket ─────┤
+//! serial input ──────────────────────┘
+//! ```
+//!
+//! It ends with how the VM ended. It never waits for anything but its vCPUs and its epoll set.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::fd::OwnedFd,
+};
+
+use nacre_proto::{
+    exit::VmmExit,
+    vmm::{self, Outcome, Reply, Request, State, Status, Timing},
+};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+
+use crate::{
+    acpi::ged::Event,
+    command::{self, Action},
+    config::OnReset,
+    event::GuestEvent,
+    poll::Poller,
+    timing,
+    vcpu::exit,
+    vm::{Vm, VmError},
+};
+
+const GUEST: u64 = 0;
+const SIGNAL: u64 = 1;
+const SUPERVISOR: u64 = 2;
+const SERIAL_INPUT: u64 = 3;
+const SERIAL_DRAINED: u64 = 4;
+
+/// Why the loop failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// A descriptor can't be watched or waited for.
+    #[error("the control loop can't watch its descriptors")]
+    Poll(#[source] io::Error),
+    /// The VM can't go on.
+    #[error("the guest can't be reset")]
+    Reset(#[from] VmError),
+    /// The host failed a vCPU.
+    #[error("vCPU {vcpu} failed: {reason}")]
+    Vcpu {
+        /// Which.
+        vcpu: u32,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// The control thread's state.
+pub struct Control {
+    vm: Vm,
+    poller: Poller,
+    signals: File,
+    supervisor: Option<OwnedFd>,
+    on_reset: OnReset,
+    timing: Timing,
+}
+
+/// Whether the loop goes on.
+type Step = Result<Option<VmmExit>, ControlError>;
+
+impl Control {
+    /// A loop that will own `vm`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a descriptor can't be watched.
+    pub fn new(
+        vm: Vm,
+        signals: File,
+        supervisor: Option<OwnedFd>,
+        on_reset: OnReset,
+        started_ns: u64,
+    ) -> Result<Self, ControlError> {
+        let poller = Poller::new().map_err(ControlError::Poll)?;
+        let timing = Timing { started_ns, first_run_ns: 0 };
+        let control = Self { vm, poller, signals, supervisor, on_reset, timing };
+        control.watch().map_err(ControlError::Poll)?;
+        Ok(control)
+    }
+
+    fn watch(&self) -> io::Result<()> {
+        self.poller.add(self.vm.parts.mailbox.wake(), GUEST)?;
+        self.poller.add(&self.signals, SIGNAL)?;
+        if let Some(supervisor) = &self.supervisor {
+            self.poller.add(supervisor, SUPERVISOR)?;
+        }
+        let Some(console) = &self.vm.parts.console else { return Ok(()) };
+        self.poller.add(console.port.drained(), SERIAL_DRAINED)?;
+        match console.input.as_ref().map(|input| self.poller.add(input, SERIAL_INPUT)) {
+            // A file or /dev/null can't be watched and is no console either.
+            Some(Err(error)) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+            Some(result) => result,
+            None => Ok(()),
+        }
+    }
+
+    /// Lets the guest run until something ends it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the host does.
+    pub fn run(mut self) -> Result<VmmExit, ControlError> {
+        self.timing.first_run_ns = timing::now_ns();
+        self.vm.run();
+        loop {
+            for token in self.poller.wait().map_err(ControlError::Poll)? {
+                if let Some(exit) = self.handle(token)? {
+                    self.log_end(exit);
+                    return Ok(exit);
+                }
+            }
+        }
+    }
+
+    fn handle(&mut self, token: u64) -> Step {
+        match token {
+            GUEST => self.take_guest_events(),
+            SIGNAL => {
+                log::info!("a signal ends the VM");
+                Ok(Some(VmmExit::Stopped))
+            }
+            SUPERVISOR => Ok(self.take_request()),
+            SERIAL_INPUT => self.take_serial_input().map_err(ControlError::Poll),
+            SERIAL_DRAINED => self.want_serial_input().map_err(ControlError::Poll),
+            other => {
+                log::error!("an event of unknown token {other}");
+                Ok(None)
+            }
+        }
+    }
+
+    fn take_guest_events(&mut self) -> Step {
+        while let Some(event) = self.vm.parts.mailbox.take() {
+            match event {
+                GuestEvent::PowerOff => return Ok(Some(VmmExit::PowerOff)),
+                GuestEvent::Panic => return Ok(Some(VmmExit::GuestPanic)),
+                GuestEvent::Crash { .. } => return Ok(Some(VmmExit::GuestCrash)),
+                GuestEvent::Failed { vcpu, reason } => {
+                    return Err(ControlError::Vcpu { vcpu, reason });
+                }
+                GuestEvent::Reset if self.on_reset == OnReset::Exit => {
+                    return Ok(Some(VmmExit::Reset));
+                }
+                GuestEvent::Reset => {
+                    log::info!("the guest resets");
+                    self.vm.reset()?;
+                    self.vm.run();
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Answers one request; the supervisor's end being closed ends the VM.
+    fn take_request(&self) -> Option<VmmExit> {
+        let supervisor = self.supervisor.as_ref()?;
+        let mut buffer = [0; vmm::MAX_BYTES];
+        // TRUNC gives the datagram's real length, so that one too long is seen as such.
+        let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC;
+        let (reply, exit) = match recv(supervisor, &mut buffer[..], flags) {
+            Ok((_, 0)) => {
+                log::info!("the supervisor is gone");
+                return Some(VmmExit::Stopped);
+            }
+            Ok((kept, _)) => self.answer(&buffer[..kept]),
+            Err(error) if matches!(error, rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {
+                return None;
+            }
+            Err(error) => {
+                log::error!("can't hear the supervisor: {error}");
+                return Some(VmmExit::Stopped);
+            }
+        };
+        let sent = vmm::encode(&reply).map_err(io::Error::other).and_then(|bytes| {
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            Ok(send(supervisor, &bytes, flags)?)
+        });
+        if let Err(error) = sent {
+            log::warn!("the supervisor does not take a reply: {error}");
+        }
+        exit
+    }
+
+    fn answer(&self, datagram: &[u8]) -> (Reply, Option<VmmExit>) {
+        let request: Request = match vmm::decode(datagram) {
+            Ok(request) => request,
+            Err(error) => {
+                let outcome = Outcome::Refused(crate::error_chain(&error));
+                return (Reply { id: 0, outcome }, None);
+            }
+        };
+        let (outcome, exit) = match command::decide(State::Running, request.command) {
+            Ok(Action::Report) => (Outcome::Status(self.status()), None),
+            Ok(Action::Stop) => (Outcome::Done, Some(VmmExit::Stopped)),
+            Ok(Action::PressPowerButton) => match self.vm.parts.events.raise(Event::PowerButton) {
+                Ok(()) => (Outcome::Done, None),
+                Err(error) => (Outcome::Refused(error.to_string()), None),
+            },
+            Err(refusal) => (Outcome::Refused(refusal.to_string()), None),
+        };
+        (Reply { id: request.id, outcome }, exit)
+    }
+
+    fn status(&self) -> Status {
+        let (cpus, memory_bytes) = self.vm.size();
+        Status {
+            state: State::Running,
+            cpus,
+            memory_bytes,
+            resets: self.vm.resets(),
+            timing: self.timing,
+            exits: exit::sum(self.vm.vcpus().exit_counts()),
+        }
+    }
+
+    fn log_end(&self, exit: VmmExit) {
+        let ran_ns = timing::now_ns().saturating_sub(self.timing.first_run_ns);
+        log::info!(
+            "{exit:?} {} ms after the first run, {:?}",
+            ran_ns / 1_000_000,
+            exit::sum(self.vm.vcpus().exit_counts())
+        );
+    }
+
+    /// Moves input to the port as far as it has room; then waits until the guest took it.
+    fn take_serial_input(&self) -> io::Result<Option<VmmExit>> {
+        const MOST_BYTES: usize = 64;
+        let Some(console) = &self.vm.parts.console else { return Ok(None) };
+        let Some(mut input) = console.input.as_ref() else { return Ok(None) };
+        let room = console.port.room().min(MOST_BYTES);
+        if room == 0 {
+            self.poller.set_enabled(input, SERIAL_INPUT, false)?;
+            return Ok(None);
+        }
+        let mut buffer = [0; MOST_BYTES];
+        match input.read(&mut buffer[..room]) {
+            Ok(0) => self.poller.remove(input)?,
+            Ok(count) => console.port.input(&buffer[..count]),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => {
+                log::warn!("serial input ends: {error}");
+                self.poller.remove(input)?;
+            }
+        }
+        Ok(None)
+    }
+
+    fn want_serial_input(&self) -> io::Result<Option<VmmExit>> {
+        if let Some(console) = &self.vm.parts.console {
+            console.port.drained().read().ok();
+            if let Some(input) = &console.input
+                && let Err(error) = self.poller.set_enabled(input, SERIAL_INPUT, true)
+            {
+                // It ended before.
+                log::debug!("no more serial input: {error}");
+            }
+        }
+        Ok(None)
+    }
+}

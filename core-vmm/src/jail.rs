@@ -1,0 +1,56 @@
+//! The first jail: no privileges to gain, no capabilities, not to be traced or dumped by others.
+//!
+//! It is entered when everything is open and connected and before any thread is started, as
+//! capabilities belong to each thread. System calls are filtered after that: `seccomp`.
+
+use caps::{CapSet, errors::CapsError};
+use rustix::{
+    io::Errno,
+    process::{DumpableBehavior, set_dumpable_behavior},
+    thread::set_no_new_privs,
+};
+
+/// Why the process would not be jailed.
+#[derive(Debug, thiserror::Error)]
+pub enum JailError {
+    /// A process attribute could not be set.
+    #[error("can't {action}")]
+    Attribute {
+        /// What failed.
+        action: &'static str,
+        /// Why.
+        source: Errno,
+    },
+    /// Capabilities are still there.
+    #[error("can't drop the {set:?} capabilities")]
+    Capabilities {
+        /// Which.
+        set: CapSet,
+        /// Why.
+        source: CapsError,
+    },
+}
+
+/// Gives up all that the process and this thread could do beyond an ordinary user's process.
+///
+/// # Errors
+///
+/// Fails if any of it can't be given up.
+pub fn enter() -> Result<(), JailError> {
+    let failed = |action| move |source| JailError::Attribute { action, source };
+    set_no_new_privs(true).map_err(failed("give up gaining privileges"))?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(failed("become undumpable"))?;
+    // Dropping from the bounding set takes a capability. A process without it has none that the
+    // set could bound, as it can gain none either.
+    if caps::has_cap(None, CapSet::Effective, caps::Capability::CAP_SETPCAP).unwrap_or(false) {
+        clear(CapSet::Bounding)?;
+    }
+    for set in [CapSet::Ambient, CapSet::Effective, CapSet::Permitted, CapSet::Inheritable] {
+        clear(set)?;
+    }
+    Ok(())
+}
+
+fn clear(set: CapSet) -> Result<(), JailError> {
+    caps::clear(None, set).map_err(|source| JailError::Capabilities { set, source })
+}

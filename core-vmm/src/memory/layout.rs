@@ -1,0 +1,157 @@
+//! Where things stand in the guest's physical address space; constants and arithmetic only.
+//!
+//! ```text
+//! 0            RAM: boot data below 640 KiB, ACPI tables in 0xe0000..1 MiB, the kernel from there
+//! LOW_RAM_END  0xc000_0000  32-bit PCI window, 640 MiB
+//!              0xe800_0000  ECAM, one bus, 1 MiB
+//!              0xe810_0000  hotplug and event registers, one page
+//!              0xfec0_0000  I/O APIC       (in KVM)
+//!              0xfee0_0000  local APICs    (in KVM)
+//!              0xfffb_c000  identity-map page and three TSS pages of KVM on Intel
+//! HIGH_RAM_START 4 GiB      the rest of RAM, then room for hotplugged memory
+//! 3/4 of the guest's width  64-bit PCI window, up to the width's end
+//! ```
+
+use std::ops::Range;
+
+use vm_memory::GuestAddress;
+
+/// Sizes of RAM and of what hotplug adds are multiples of this, and so is every host address that
+/// backs RAM, so that the host may map it in large pages.
+pub const RAM_ALIGN_BYTES: u64 = 2 << 20;
+
+/// The end of the RAM below 4 GiB, at most.
+pub const LOW_RAM_END: u64 = 0xc000_0000;
+/// The start of the RAM that does not fit below [`LOW_RAM_END`].
+pub const HIGH_RAM_START: u64 = 1 << 32;
+
+/// Boot data: the descriptor table that the boot state's segments stand in.
+pub const GDT: GuestAddress = GuestAddress(0x500);
+/// Boot data: PVH start info, one page.
+pub const START_INFO: GuestAddress = GuestAddress(0x6000);
+/// Boot data: PVH memory map and module list, one page.
+pub const PVH_TABLES: GuestAddress = GuestAddress(0x7000);
+/// Boot data: the zero page of the Linux boot protocol.
+pub const ZERO_PAGE: GuestAddress = GuestAddress(0x8000);
+/// Boot data: page tables that map the first 4 GiB to themselves, six pages.
+pub const PAGE_TABLES: GuestAddress = GuestAddress(0x9000);
+/// Boot data: the kernel's command line, one page.
+pub const COMMAND_LINE: GuestAddress = GuestAddress(0x2_0000);
+/// The longest command line in bytes with its final zero: Linux silently cuts a longer one.
+pub const COMMAND_LINE_BYTES: usize = 2048;
+/// The end of conventional memory; what lies between here and 1 MiB is no RAM to the guest.
+pub const LOW_MEMORY_END: u64 = 0xa_0000;
+/// ACPI tables, with the RSDP first: inside the area that a guest without any hint searches.
+pub const ACPI_TABLES: Range<u64> = 0xe_0000..0x10_0000;
+/// Where kernels go: nothing but RAM from here to the end of low RAM.
+pub const KERNEL_START: u64 = 0x10_0000;
+
+/// The 32-bit PCI window.
+pub const PCI_WINDOW_32: Range<u64> = 0xc000_0000..0xe800_0000;
+/// ECAM of the one bus: 256 functions of 4 KiB.
+pub const ECAM: Range<u64> = 0xe800_0000..0xe810_0000;
+/// The event device's register and the hotplug registers.
+pub const EVENT_REGISTERS: Range<u64> = 0xe810_0000..0xe810_1000;
+/// The I/O APIC's registers, where KVM has them.
+pub const IO_APIC: u32 = 0xfec0_0000;
+/// The local APICs' registers, where KVM has them.
+pub const LOCAL_APIC: u32 = 0xfee0_0000;
+/// A page for KVM's identity map: Intel without unrestricted guest runs real mode on it.
+pub const IDENTITY_MAP: u64 = 0xfffb_c000;
+/// Three pages for KVM's task state segment, for the same.
+pub const TSS: usize = 0xfffb_d000;
+/// What KVM takes for both of them.
+pub const KVM_PAGES: Range<u64> = IDENTITY_MAP..0xfffc_0000;
+
+/// The serial console's interrupt.
+pub const SERIAL_GSI: u32 = 4;
+/// The event device's interrupt.
+pub const EVENT_GSI: u32 = 5;
+/// The I/O APIC's pins; message-signalled interrupts have their GSIs from here on.
+pub const IO_APIC_PINS: u32 = 24;
+
+/// No guest is given more physical address bits than this to put things at.
+///
+/// Linux maps no more RAM with four-level page tables, and hosts with four-level nested tables
+/// can't map a guest address above bit 47 although their CPUID may say so.
+const MAX_ADDRESS_BITS: u32 = 46;
+
+/// The RAM below and above 4 GiB.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ram {
+    /// From 0 to [`LOW_RAM_END`] at most.
+    pub low: Range<u64>,
+    /// From [`HIGH_RAM_START`]; may be empty.
+    pub high: Range<u64>,
+}
+
+impl Ram {
+    /// Splits `bytes` of RAM around the hole below 4 GiB.
+    #[must_use]
+    pub fn of(bytes: u64) -> Self {
+        let low = bytes.min(LOW_RAM_END);
+        Self { low: 0..low, high: HIGH_RAM_START..HIGH_RAM_START + (bytes - low) }
+    }
+
+    /// The parts that are not empty, lowest first.
+    pub fn ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        [&self.low, &self.high].into_iter().filter(|range| !range.is_empty()).cloned()
+    }
+}
+
+/// The 64-bit PCI window of a guest with `address_bits`: the top quarter of what it can address.
+#[must_use]
+pub fn pci_window_64(address_bits: u32) -> Range<u64> {
+    let end = 1_u64 << address_bits.min(MAX_ADDRESS_BITS);
+    end / 4 * 3..end
+}
+
+/// The most RAM that fits below the 64-bit PCI window, in bytes.
+#[must_use]
+pub fn max_ram_bytes(address_bits: u32) -> u64 {
+    pci_window_64(address_bits).start.saturating_sub(HIGH_RAM_START) + LOW_RAM_END
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn small_ram_is_all_below_the_hole() {
+        let ram = Ram::of(512 << 20);
+        assert_eq!(ram.low, 0..512 << 20);
+        assert!(ram.high.is_empty());
+        assert_eq!(ram.ranges().count(), 1);
+    }
+
+    #[test]
+    fn large_ram_goes_on_at_4_gib() {
+        let ram = Ram::of(8 * GIB);
+        assert_eq!(ram.ranges().collect::<Vec<_>>(), [0..3 * GIB, 4 * GIB..9 * GIB]);
+    }
+
+    #[test]
+    fn the_pci_window_is_the_top_quarter_and_caps_ram() {
+        assert_eq!(pci_window_64(40), 768 * GIB..1024 * GIB);
+        assert_eq!(pci_window_64(52), pci_window_64(46));
+        assert_eq!(max_ram_bytes(40), 767 * GIB);
+        assert!(Ram::of(max_ram_bytes(40)).high.end <= pci_window_64(40).start);
+    }
+
+    #[test]
+    fn the_fixed_ranges_are_in_order_and_apart() {
+        let ranges = [
+            0..LOW_RAM_END,
+            PCI_WINDOW_32,
+            ECAM,
+            EVENT_REGISTERS,
+            u64::from(IO_APIC)..u64::from(IO_APIC) + 0x1000,
+            u64::from(LOCAL_APIC)..u64::from(LOCAL_APIC) + 0x1000,
+            KVM_PAGES,
+            HIGH_RAM_START..u64::MAX,
+        ];
+        assert!(ranges.windows(2).all(|pair| pair[0].end <= pair[1].start));
+    }
+}

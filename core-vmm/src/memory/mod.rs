@@ -1,0 +1,4 @@
+//! The guest's RAM: where it stands in the guest, and the sealed memory file behind it.
+
+pub mod layout;
+pub mod region;

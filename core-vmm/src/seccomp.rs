@@ -1,0 +1,181 @@
+//! What system calls each kind of thread may make; anything else kills the process.
+//!
+//! The lists are what the threads need and no more: no thread here ever opens, connects, binds or
+//! executes, and none maps memory executable. A vCPU thread may ask KVM for nothing but to run and
+//! to set that vCPU's own state, and for what a driver's writes to a device's registers bring
+//! about: routes, irqfds and ioeventfds.
+
+use std::mem::size_of;
+
+use kvm_bindings as kvm;
+use libc::c_long;
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch,
+};
+
+/// Why there is no filter.
+#[derive(Debug, thiserror::Error)]
+#[error("a list of system calls does not compile")]
+pub struct SeccompError(#[from] BackendError);
+
+const KVM_IOCTL: u64 = 0xae;
+const NONE: u64 = 0;
+const WRITE: u64 = 1;
+const READ: u64 = 2;
+const READ_WRITE: u64 = 3;
+
+/// An ioctl's number from its parts, as in Linux's `asm-generic/ioctl.h`.
+const fn kvm_ioctl(direction: u64, number: u64, size: usize) -> u64 {
+    direction << 30 | (size as u64) << 16 | KVM_IOCTL << 8 | number
+}
+
+const F_GETFD: u64 = libc::F_GETFD.unsigned_abs() as u64;
+const KVM_RUN: u64 = kvm_ioctl(NONE, 0x80, 0);
+
+/// A vCPU's state, for resets and for the log of a crash.
+const VCPU_STATE: [u64; 17] = [
+    kvm_ioctl(READ, 0x81, size_of::<kvm::kvm_regs>()),
+    kvm_ioctl(WRITE, 0x82, size_of::<kvm::kvm_regs>()),
+    kvm_ioctl(READ, 0x83, size_of::<kvm::kvm_sregs>()),
+    kvm_ioctl(WRITE, 0x84, size_of::<kvm::kvm_sregs>()),
+    kvm_ioctl(READ_WRITE, 0x88, size_of::<kvm::kvm_msrs>()),
+    kvm_ioctl(WRITE, 0x89, size_of::<kvm::kvm_msrs>()),
+    kvm_ioctl(READ, 0x8c, size_of::<kvm::kvm_fpu>()),
+    kvm_ioctl(WRITE, 0x8d, size_of::<kvm::kvm_fpu>()),
+    kvm_ioctl(READ, 0x8e, size_of::<kvm::kvm_lapic_state>()),
+    kvm_ioctl(WRITE, 0x8f, size_of::<kvm::kvm_lapic_state>()),
+    kvm_ioctl(READ, 0x98, size_of::<kvm::kvm_mp_state>()),
+    kvm_ioctl(WRITE, 0x99, size_of::<kvm::kvm_mp_state>()),
+    kvm_ioctl(WRITE, 0xa0, size_of::<kvm::kvm_vcpu_events>()),
+    kvm_ioctl(WRITE, 0xa2, size_of::<kvm::kvm_debugregs>()),
+    kvm_ioctl(WRITE, 0xa7, size_of::<kvm::kvm_xcrs>()),
+    kvm_ioctl(READ, 0x9f, size_of::<kvm::kvm_vcpu_events>()),
+    kvm_ioctl(READ, 0xa1, size_of::<kvm::kvm_debugregs>()),
+];
+
+/// What moving BARs and masking vectors comes down to.
+const VM_WIRING: [u64; 3] = [
+    kvm_ioctl(WRITE, 0x6a, size_of::<kvm::kvm_irq_routing>()),
+    kvm_ioctl(WRITE, 0x76, size_of::<kvm::kvm_irqfd>()),
+    kvm_ioctl(WRITE, 0x79, size_of::<kvm::kvm_ioeventfd>()),
+];
+
+/// The interrupt controllers' state, for resets.
+const VM_STATE: [u64; 1] = [kvm_ioctl(READ, 0x63, size_of::<kvm::kvm_irqchip>())];
+
+/// What any Rust thread needs: memory, locks, time, its own end, and to write (a log line, an
+/// eventfd, the serial port).
+const EVERY_THREAD: [c_long; 20] = [
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_yield,
+    libc::SYS_sigaltstack,
+    libc::SYS_write,
+];
+
+/// The control thread's own: its loop, its sockets, the files it loads again after a reset.
+const CONTROL_THREAD: [c_long; 14] = [
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_wait,
+    libc::SYS_eventfd2,
+    libc::SYS_fallocate,
+    libc::SYS_lseek,
+    libc::SYS_pread64,
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_tgkill,
+    libc::SYS_writev,
+];
+
+type Rules = Vec<(c_long, Vec<SeccompRule>)>;
+
+/// The request of an ioctl, the command of a fcntl.
+fn second_argument_is(value: u64) -> Result<SeccompRule, BackendError> {
+    let (length, equal) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
+    SeccompRule::new(vec![SeccompCondition::new(1, length, equal, value)?])
+}
+
+/// Memory may be mapped, but never to execute it.
+fn not_executable() -> Result<SeccompRule, BackendError> {
+    let executable = u64::from(libc::PROT_EXEC.unsigned_abs());
+    let none = SeccompCmpOp::MaskedEq(executable);
+    SeccompRule::new(vec![SeccompCondition::new(2, SeccompCmpArgLen::Dword, none, 0)?])
+}
+
+fn compile(calls: &[&[c_long]], ioctls: &[&[u64]]) -> Result<BpfProgram, SeccompError> {
+    let mut rules: Rules = calls.concat().into_iter().map(|call| (call, Vec::new())).collect();
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        rules.push((call, vec![not_executable()?]));
+    }
+    // The standard library asks for a descriptor's flags before it closes it.
+    rules.push((libc::SYS_fcntl, vec![second_argument_is(F_GETFD)?]));
+    let ioctls: Result<Vec<_>, _> = ioctls.concat().into_iter().map(second_argument_is).collect();
+    rules.push((libc::SYS_ioctl, ioctls?));
+    let filter = SeccompFilter::new(
+        rules.into_iter().collect(),
+        SeccompAction::KillProcess,
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )?;
+    Ok(filter.try_into()?)
+}
+
+/// A vCPU thread's filter.
+///
+/// # Errors
+///
+/// Fails if the list is malformed.
+pub fn vcpu_filter() -> Result<BpfProgram, SeccompError> {
+    compile(&[&EVERY_THREAD], &[&[KVM_RUN], &VCPU_STATE, &VM_WIRING])
+}
+
+/// The control thread's filter.
+///
+/// # Errors
+///
+/// Fails if the list is malformed.
+pub fn control_filter() -> Result<BpfProgram, SeccompError> {
+    // Restoring a terminal's mode at the end.
+    let terminal = [libc::TCSETS, libc::TCSETSW, libc::TCGETS];
+    compile(&[&EVERY_THREAD, &CONTROL_THREAD], &[&VM_WIRING, &VM_STATE, &terminal])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ioctl_numbers_are_the_documented_ones() {
+        assert_eq!(KVM_RUN, 0xae80);
+        // As `strace` prints them.
+        assert_eq!(VCPU_STATE[1], 0x4090_ae82);
+        assert_eq!(VCPU_STATE[9], 0x4400_ae8f);
+        assert_eq!(VM_WIRING, [0x4008_ae6a, 0x4020_ae76, 0x4040_ae79]);
+    }
+
+    #[test]
+    fn both_filters_compile() {
+        assert!(!vcpu_filter().unwrap().is_empty());
+        assert!(!control_filter().unwrap().is_empty());
+    }
+}

@@ -1,0 +1,286 @@
+//! Everything in this crate that the compiler can't check, one system call a function.
+//!
+//! Owned, safe types come out; no caller needs to know an invariant of what is here.
+#![expect(unsafe_code, reason = "KVM, signals and mappings have no safe interface")]
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    ptr::{self, NonNull},
+    slice,
+    sync::atomic::{AtomicU8, Ordering},
+};
+
+use kvm_bindings::{
+    KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN, kvm_run, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{VcpuFd, VmFd};
+use libc::{c_int, c_void};
+use vm_memory::{
+    FileOffset, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress, MmapRegion,
+    mmap::MmapRegionBuilder,
+};
+
+fn check(result: c_int) -> io::Result<c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn to_len(bytes: u64) -> io::Result<usize> {
+    usize::try_from(bytes).map_err(|_error| io::ErrorKind::OutOfMemory.into())
+}
+
+/// Maps `bytes` of guest memory from its file, at a multiple of `align`, which is a power of two
+/// and a multiple of the page size. The mapping is left out of core dumps.
+///
+/// It is never unmapped: KVM and the regions that describe it may use it for as long as the
+/// process lives.
+///
+/// # Errors
+///
+/// Fails if the host has no room for the mapping.
+pub(crate) fn map_guest_memory(part: FileOffset, bytes: u64, align: u64) -> io::Result<MmapRegion> {
+    let len = to_len(bytes)?;
+    let align = to_len(align)?;
+    let offset = i64::try_from(part.start()).map_err(|_error| io::ErrorKind::InvalidInput)?;
+    let room = len.checked_add(align).ok_or(io::ErrorKind::OutOfMemory)?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: no address is asked for, so the kernel picks one that nothing uses.
+    let start = unsafe { libc::mmap(ptr::null_mut(), room, libc::PROT_NONE, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let aligned = start.map_addr(|address| address.next_multiple_of(align));
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+    let fd = part.file().as_raw_fd();
+    // SAFETY: `aligned..aligned + len` lies in the room that was mapped above and that nothing
+    // else knows of, so replacing it takes nothing away.
+    let mapped = unsafe { libc::mmap(aligned, len, prot, flags | libc::MAP_FIXED, fd, offset) };
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the range was mapped just now; the advice changes no content.
+    check(unsafe { libc::madvise(mapped, len, libc::MADV_DONTDUMP) })?;
+    // SAFETY: `mapped` is a mapping of `len` bytes with these protections, and it stays for ever.
+    let builder = unsafe { MmapRegionBuilder::new(len).with_raw_mmap_pointer(mapped.cast()) };
+    builder
+        .with_file_offset(part)
+        .with_mmap_prot(prot)
+        .with_mmap_flags(flags)
+        .build()
+        .map_err(io::Error::other)
+}
+
+/// Gives a region of guest memory to KVM as `slot`.
+///
+/// # Errors
+///
+/// Fails if KVM refuses it.
+pub(crate) fn set_memory_slot(vm: &VmFd, slot: u32, region: &GuestRegionMmap) -> io::Result<()> {
+    let host = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?;
+    let slot = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: region.start_addr().0,
+        memory_size: region.len(),
+        userspace_addr: host.expose_provenance() as u64,
+    };
+    // SAFETY: regions come from `map_guest_memory`, whose mappings are never taken away, so the
+    // guest can touch nothing else through this slot.
+    unsafe { vm.set_user_memory_region(slot) }.map_err(Into::into)
+}
+
+/// A port access that ended a vCPU's run.
+///
+/// A string instruction gives several at once: `data` is then as many elements of `size` bytes,
+/// each an access of its own to the one port.
+#[derive(Debug)]
+pub(crate) struct PortAccess<'a> {
+    /// Which port.
+    pub(crate) port: u16,
+    /// Whether `data` is to be filled.
+    pub(crate) is_read: bool,
+    /// Bytes of one access: 1, 2 or 4.
+    pub(crate) size: usize,
+    /// All the accesses' bytes.
+    pub(crate) data: &'a mut [u8],
+}
+
+/// The port access for which `vcpu` last left the guest, if that was why.
+pub(crate) fn port_access(vcpu: &mut VcpuFd) -> Option<PortAccess<'_>> {
+    let run = vcpu.get_kvm_run();
+    if run.exit_reason != KVM_EXIT_IO {
+        return None;
+    }
+    // SAFETY: the exit reason says that `io` is the union's field in use.
+    let io = unsafe { run.__bindgen_anon_1.io };
+    let size = usize::from(io.size);
+    let len = size.checked_mul(usize::try_from(io.count).ok()?)?;
+    let offset = usize::try_from(io.data_offset).ok()?;
+    // SAFETY: KVM puts the data into the page that follows the one of `kvm_run` in the same
+    // mapping, which `vcpu` keeps, and says where.
+    let start = unsafe { ptr::from_mut(run).cast::<u8>().add(offset) };
+    // SAFETY: as above; KVM keeps `count * size` within that page. The slice borrows `vcpu`, so
+    // no run can change it meanwhile.
+    let data = unsafe { slice::from_raw_parts_mut(start, len) };
+    Some(PortAccess {
+        port: io.port,
+        is_read: u32::from(io.direction) == KVM_EXIT_IO_IN,
+        size,
+        data,
+    })
+}
+
+/// The number by which KVM tells what it could not do, if that was why `vcpu` left the guest.
+pub(crate) fn internal_suberror(vcpu: &mut VcpuFd) -> Option<u32> {
+    let run = vcpu.get_kvm_run();
+    if run.exit_reason != KVM_EXIT_INTERNAL_ERROR {
+        return None;
+    }
+    // SAFETY: the exit reason says that `internal` is the union's field in use.
+    let internal = unsafe { run.__bindgen_anon_1.internal };
+    Some(internal.suberror)
+}
+
+/// A second mapping of the first page that a vCPU shares with KVM, for asking it to leave the
+/// guest from another thread.
+#[derive(Debug)]
+pub(crate) struct ImmediateExit {
+    page: NonNull<c_void>,
+}
+
+const RUN_PAGE_BYTES: usize = 4096;
+
+// SAFETY: the one byte that is ever touched through it is touched atomically.
+unsafe impl Send for ImmediateExit {}
+// SAFETY: as above.
+unsafe impl Sync for ImmediateExit {}
+
+impl ImmediateExit {
+    /// Maps it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the host can't map it.
+    pub(crate) fn of(vcpu: &VcpuFd) -> io::Result<Self> {
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let fd = vcpu.as_raw_fd();
+        // SAFETY: no address is asked for, so the kernel picks one that nothing uses.
+        let page =
+            unsafe { libc::mmap(ptr::null_mut(), RUN_PAGE_BYTES, prot, libc::MAP_SHARED, fd, 0) };
+        if page == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        NonNull::new(page).map(|page| Self { page }).ok_or(io::ErrorKind::OutOfMemory.into())
+    }
+
+    /// Makes the next run end at once, or no longer so.
+    pub(crate) fn set(&self, exit: bool) {
+        let offset = std::mem::offset_of!(kvm_run, immediate_exit);
+        // SAFETY: the field lies in the first page, which is mapped as long as `self` lives.
+        let byte = unsafe { self.page.cast::<u8>().add(offset) };
+        // SAFETY: an atomic byte has no alignment; KVM only reads it, and no Rust reference to it
+        // is used while a vCPU runs.
+        let byte = unsafe { AtomicU8::from_ptr(byte.as_ptr()) };
+        byte.store(u8::from(exit), Ordering::SeqCst);
+    }
+}
+
+impl Drop for ImmediateExit {
+    fn drop(&mut self) {
+        // SAFETY: the page was mapped by `of` and nothing else points into it.
+        let result = unsafe { libc::munmap(self.page.as_ptr(), RUN_PAGE_BYTES) };
+        debug_assert_eq!(result, 0, "the page is a mapping");
+    }
+}
+
+extern "C" fn leave_guest(_signal: c_int) {}
+
+/// The signal that interrupts a vCPU; nothing else uses it.
+#[must_use]
+pub(crate) fn kick_signal() -> c_int {
+    libc::SIGRTMIN()
+}
+
+/// Lets the kick signal interrupt a system call and do nothing else.
+///
+/// # Errors
+///
+/// Fails if the kernel refuses the handler.
+pub(crate) fn handle_kick_signal() -> io::Result<()> {
+    // SAFETY: all zeros are a valid `sigaction`: no flags, so no SA_RESTART, and an empty mask.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    let handler: extern "C" fn(c_int) = leave_guest;
+    action.sa_sigaction = handler as *const () as usize;
+    // SAFETY: the handler does nothing, so it is safe at any moment.
+    check(unsafe { libc::sigaction(kick_signal(), &raw const action, ptr::null_mut()) }).map(drop)
+}
+
+/// The calling thread, as the kernel names it.
+#[must_use]
+pub(crate) fn thread_id() -> c_int {
+    // SAFETY: takes nothing, can't fail.
+    unsafe { libc::gettid() }
+}
+
+/// Sends the kick signal to a thread of this process; one that is gone is left in peace.
+///
+/// # Errors
+///
+/// Fails if the kernel refuses.
+pub(crate) fn kick_thread(thread: c_int) -> io::Result<()> {
+    // SAFETY: takes nothing, can't fail.
+    let process = unsafe { libc::getpid() };
+    // SAFETY: `tgkill` takes three integers; at worst it signals a thread of this process, and the
+    // signal does nothing but interrupt.
+    let result = unsafe { libc::syscall(libc::SYS_tgkill, process, thread, kick_signal()) };
+    match check(if result < 0 { -1 } else { 0 }) {
+        Err(error) if error.raw_os_error() != Some(libc::ESRCH) => Err(error),
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
+/// Blocks the signals that ask the process to end and gives a descriptor that tells of them.
+///
+/// # Errors
+///
+/// Fails if the kernel refuses.
+pub(crate) fn termination_signals() -> io::Result<File> {
+    // SAFETY: all zeros are a valid `sigset_t`.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `set` is a valid set, and so after the call.
+    check(unsafe { libc::sigemptyset(&raw mut set) })?;
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
+        // SAFETY: `set` is a valid set and the signal's number is the system's own.
+        check(unsafe { libc::sigaddset(&raw mut set, signal) })?;
+    }
+    // SAFETY: `set` is a valid set; the old one is not asked for.
+    let result = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) };
+    if result != 0 {
+        return Err(io::Error::from_raw_os_error(result));
+    }
+    let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
+    // SAFETY: -1 asks for a new descriptor; `set` is a valid set.
+    let fd = check(unsafe { libc::signalfd(-1, &raw const set, flags) })?;
+    // SAFETY: the descriptor is new, so nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
+}
+
+/// Takes over a descriptor that the supervisor left open for this process.
+///
+/// # Errors
+///
+/// Fails if there is no such descriptor, or if it is one of the standard three.
+pub(crate) fn inherited_fd(fd: RawFd) -> io::Result<OwnedFd> {
+    if fd <= libc::STDERR_FILENO {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: asks for a descriptor's flags and changes nothing.
+    check(unsafe { libc::fcntl(fd, libc::F_GETFD) })?;
+    // SAFETY: sets the close-on-exec flag of a descriptor that exists.
+    check(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    // SAFETY: it is open, and by the contract of the command line it was handed to this process
+    // for this one option; the arguments refuse to name one twice.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -1,0 +1,255 @@
+//! The whole machine on the host's KVM, an emulating one too, with guests assembled by hand: what
+//! they print, and how the process ends.
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "functions that tests share")]
+
+mod assembled;
+
+use std::{
+    fs,
+    io::Read,
+    os::unix::process::ExitStatusExt,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nacre_proto::exit::VmmExit;
+
+use self::assembled::Guest;
+
+/// Far more than any of this takes on a loaded machine.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A running VMM.
+struct Vmm {
+    child: Child,
+    serial: mpsc::Receiver<u8>,
+    printed: Vec<u8>,
+    _folder: tempfile::TempDir,
+}
+
+/// How a VMM ended.
+struct End {
+    exit: Option<VmmExit>,
+    printed: Vec<u8>,
+    log: String,
+}
+
+/// Whether there is a KVM to run on; says so if not.
+fn has_kvm() -> bool {
+    let kvm = fs::File::options().read(true).write(true).open("/dev/kvm");
+    if let Err(error) = &kvm {
+        eprintln!("skipped: /dev/kvm: {error}");
+    }
+    kvm.is_ok()
+}
+
+impl Vmm {
+    fn start(guest: &Guest, args: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let kernel = folder.path().join("kernel");
+        guest.write(&kernel);
+        Self::start_kernel(folder, kernel, args)
+    }
+
+    fn start_kernel(folder: tempfile::TempDir, kernel: PathBuf, args: &[&str]) -> Self {
+        let serial: &[_] = if args.contains(&"--serial") { &[] } else { &["--serial", "stdio"] };
+        let mut child = Command::new(env!("CARGO_BIN_EXE_nacre-vmm"))
+            .arg("--kernel")
+            .arg(kernel)
+            .args(serial)
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdout = child.stdout.take().unwrap();
+        let (sender, serial) = mpsc::channel();
+        thread::spawn(move || {
+            let mut byte = [0];
+            while stdout.read_exact(&mut byte).is_ok() && sender.send(byte[0]).is_ok() {}
+        });
+        Self { child, serial, printed: Vec::new(), _folder: folder }
+    }
+
+    /// Waits until the guest has printed `text` once more.
+    fn expect(&mut self, text: &str) {
+        let end = Instant::now() + DEADLINE;
+        while !self.printed.ends_with(text.as_bytes()) {
+            let left = end.saturating_duration_since(Instant::now());
+            let byte = self.serial.recv_timeout(left).expect("the guest prints in time");
+            self.printed.push(byte);
+        }
+        self.printed.clear();
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    fn end(mut self) -> End {
+        let end = Instant::now() + DEADLINE;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            if Instant::now() > end {
+                self.child.kill().unwrap();
+                panic!("the VMM does not end");
+            }
+            thread::sleep(Duration::from_millis(5));
+        };
+        let mut log = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+        assert_eq!(status.signal(), None, "killed: {log}");
+        let code = u8::try_from(status.code().unwrap()).unwrap();
+        self.printed.extend(self.serial.iter());
+        End { exit: VmmExit::from_code(code), printed: self.printed, log }
+    }
+}
+
+#[test]
+fn a_guest_prints_and_powers_off() {
+    if !has_kvm() {
+        return;
+    }
+    let guest = Guest::new().print("hello, ").print("host").power_off();
+    let end = Vmm::start(&guest, &[]).end();
+    assert_eq!(end.exit, Some(VmmExit::PowerOff), "{}", end.log);
+    assert_eq!(end.printed, b"hello, host");
+    assert_eq!(end.log, "");
+}
+
+#[test]
+fn a_guest_on_four_vcpus_with_memory_beyond_4_gib_ends_as_cleanly() {
+    if !has_kvm() {
+        return;
+    }
+    let guest = Guest::new().print("x").power_off();
+    let end = Vmm::start(&guest, &["--cpus", "4", "--memory", "6G"]).end();
+    assert_eq!(end.exit, Some(VmmExit::PowerOff), "{}", end.log);
+    assert_eq!(end.printed, b"x");
+}
+
+#[test]
+fn a_string_instruction_reaches_one_port_with_every_byte() {
+    if !has_kvm() {
+        return;
+    }
+    let guest = Guest::new().print_own_code(5).power_off();
+    let end = Vmm::start(&guest, &[]).end();
+    assert_eq!(end.printed, [0x66, 0xba, 0xf8, 0x03, 0xbe]);
+}
+
+#[test]
+fn the_clock_answers_at_once_and_absent_ports_read_as_ones() {
+    if !has_kvm() {
+        return;
+    }
+    let guest = Guest::new()
+        .print_cmos(0x0a)
+        .print_cmos(0x32)
+        .print_port(0x64)
+        .print_port(0x2f9)
+        .power_off();
+    let end = Vmm::start(&guest, &[]).end();
+    assert_eq!(end.printed, [0x26, 0x20, 0xff, 0xff]);
+}
+
+#[test]
+fn a_reset_boots_again_in_the_same_process() {
+    if !has_kvm() {
+        return;
+    }
+    let mut vmm = Vmm::start(&Guest::new().print("boot;").out(0x602, 1).spin(), &[]);
+    for _ in 0..5 {
+        vmm.expect("boot;");
+    }
+    vmm.signal(rustix::process::Signal::TERM);
+    assert_eq!(vmm.end().exit, Some(VmmExit::Stopped));
+}
+
+#[test]
+fn a_reset_can_end_the_process_instead() {
+    if !has_kvm() {
+        return;
+    }
+    for (port, value) in [(0x602, 1), (0x64, 0xfe)] {
+        let guest = Guest::new().out(port, value).spin();
+        let end = Vmm::start(&guest, &["--on-reset", "exit"]).end();
+        assert_eq!(end.exit, Some(VmmExit::Reset), "{}", end.log);
+    }
+}
+
+#[test]
+fn a_panic_told_by_the_guest_has_its_own_exit_code() {
+    if !has_kvm() {
+        return;
+    }
+    let end = Vmm::start(&Guest::new().out(0x505, 1).spin(), &[]).end();
+    assert_eq!(end.exit, Some(VmmExit::GuestPanic), "{}", end.log);
+}
+
+#[test]
+fn a_triple_fault_is_a_crash_whose_registers_are_logged() {
+    if !has_kvm() {
+        return;
+    }
+    // ud2 without an interrupt table
+    let end = Vmm::start(&Guest::new().code(&[0x0f, 0x0b]), &[]).end();
+    assert_eq!(end.exit, Some(VmmExit::GuestCrash), "{}", end.log);
+    assert!(end.log.contains("rip=0x100000"), "{}", end.log);
+}
+
+#[test]
+fn a_spinning_guest_is_stopped_by_each_termination_signal() {
+    if !has_kvm() {
+        return;
+    }
+    for signal in [rustix::process::Signal::TERM, rustix::process::Signal::INT] {
+        let mut vmm = Vmm::start(&Guest::new().print("up").spin(), &["--cpus", "2"]);
+        vmm.expect("up");
+        vmm.signal(signal);
+        let end = vmm.end();
+        assert_eq!(end.exit, Some(VmmExit::Stopped), "{}", end.log);
+    }
+}
+
+#[test]
+fn what_can_not_work_is_refused_with_its_own_exit_code_and_one_line() {
+    if !has_kvm() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    fs::write(path("empty"), "").unwrap();
+    fs::write(path("text"), "no kernel at all").unwrap();
+    fs::write(path("cut"), &fs::read("/proc/self/exe").unwrap()[..1000]).unwrap();
+    Guest::new().power_off().write(&path("fine"));
+    for (kernel, args, exit, says) in [
+        ("absent", &[][..], VmmExit::BootFile, "absent"),
+        ("empty", &[], VmmExit::BootFile, "empty"),
+        ("text", &[], VmmExit::BootFile, "neither an ELF image nor a bzImage"),
+        ("cut", &[], VmmExit::BootFile, "cut"),
+        ("", &[], VmmExit::BootFile, "no regular file"),
+        ("fine", &["--initramfs", "/nowhere/at-all"], VmmExit::BootFile, "/nowhere/at-all"),
+        ("fine", &["--memory", "0"], VmmExit::Memory, "--memory is 0"),
+        ("fine", &["--memory", "3M"], VmmExit::Memory, "2 MiB"),
+        ("fine", &["--memory", "4T"], VmmExit::Memory, "--memory"),
+        ("fine", &["--cpus", "255"], VmmExit::Kvm, "--cpus 255"),
+        ("fine", &["--cpus", "0"], VmmExit::Usage, "--cpus"),
+        ("fine", &["--serial", "telnet"], VmmExit::Usage, "telnet"),
+        ("fine", &["--control-fd", "99"], VmmExit::Failed, "control socket"),
+    ] {
+        let end = Vmm::start_kernel(tempfile::tempdir().unwrap(), path(kernel), args).end();
+        assert_eq!(end.exit, Some(exit), "{kernel} {args:?}: {}", end.log);
+        assert!(end.log.contains(says), "{kernel} {args:?}: {}", end.log);
+        if exit != VmmExit::Usage {
+            assert_eq!(end.log.lines().count(), 1, "{kernel} {args:?}: {}", end.log);
+        }
+    }
+}
