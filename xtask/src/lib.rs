@@ -6,7 +6,10 @@
 pub mod bzimage;
 pub mod cache;
 pub mod cpio;
+pub mod executor;
+pub mod host;
 pub mod modules;
 pub mod packages;
 pub mod report;
+mod sys;
 pub mod tool;

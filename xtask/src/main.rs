@@ -3,6 +3,8 @@
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 use xtask::cache::Cache;
+use xtask::executor;
+use xtask::host::command::{HostArguments, SERVE_TASK, ServeArguments};
 use xtask::packages::kernel::Kernel;
 use xtask::packages::tree::Tree;
 use xtask::report::say;
@@ -18,6 +20,12 @@ struct Arguments {
 enum Task {
     /// Fetches and makes all that comes from Debian packages, ahead of its first use
     Packages,
+    /// Runs a command on the KVM host, which is this machine or an emulated one
+    Host(HostArguments),
+    #[command(name = SERVE_TASK, hide = true)]
+    HostServe(ServeArguments),
+    #[command(name = executor::TASK, hide = true)]
+    InHost,
 }
 
 fn main() -> ExitCode {
@@ -39,5 +47,8 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
             say(&format!("kernel {} and {}", kernel.release(), tree.image().display()));
             Ok(ExitCode::SUCCESS)
         }
+        Task::Host(arguments) => arguments.run(),
+        Task::HostServe(arguments) => arguments.run(),
+        Task::InHost => executor::run().map(|()| ExitCode::SUCCESS),
     }
 }

@@ -1,0 +1,68 @@
+//! The KVM host on which sandboxes run: this machine, or an emulated one.
+//!
+//! `/dev/kvm` is probed. If it is full, commands run on this machine. If not, QEMU emulates a
+//! processor with SVM, a Debian kernel with kvm_amd boots in it, and the same commands run there,
+//! with this machine's files at their own places.
+//!
+//!     xtask ── socket ──▶ server (owns QEMU, virtiofsd) ── virtio port ──▶ executor ──▶ job
+//!
+//! A host is private to one xtask, or kept: then it serves many, until `cargo xtask host down`.
+
+mod client;
+pub mod command;
+mod initramfs;
+pub mod machine;
+pub mod places;
+pub mod probe;
+mod progress;
+pub mod protocol;
+pub mod server;
+mod session;
+pub(crate) mod window;
+
+pub use session::{Emulated, Session, job};
+
+use crate::cache::Cache;
+use anyhow::{Result, bail};
+use probe::{KvmClass, probe};
+use std::env;
+
+/// The variable that chooses the host: `direct` or `emulated`; else the probe decides.
+pub const HOST_VARIABLE: &str = "NACRE_HOST";
+
+/// Where sandboxes run.
+#[derive(Debug)]
+pub enum Host {
+    /// On this machine.
+    Direct,
+    /// On an emulated one, since `/dev/kvm` is not good enough.
+    Emulated(Box<Emulated>, KvmClass),
+}
+
+impl Host {
+    /// Chooses by the probe, or as `NACRE_HOST` says; prepares what an emulated host is made of.
+    ///
+    /// # Errors
+    /// The variable has another value, or the emulated host's parts cannot be made.
+    pub fn choose(cache: &Cache) -> Result<Self> {
+        let class = probe();
+        let direct = match env::var(HOST_VARIABLE).as_deref() {
+            Ok("direct") => true,
+            Ok("emulated") => false,
+            Ok("") | Err(_) => class == KvmClass::Full,
+            Ok(other) => bail!("{HOST_VARIABLE} is {other}: neither direct nor emulated"),
+        };
+        if direct {
+            return Ok(Self::Direct);
+        }
+        Ok(Self::Emulated(Box::new(Emulated::prepare(cache)?), class))
+    }
+
+    /// One line for people: which host, and why.
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Direct => "host: this machine's /dev/kvm".to_owned(),
+            Self::Emulated(_, class) => format!("host: emulated ({class})"),
+        }
+    }
+}

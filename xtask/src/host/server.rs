@@ -1,0 +1,225 @@
+//! The process that owns an emulated host, and passes frames between its port and its clients.
+//!
+//! A client is one connection and one job. The host lives until its only client is gone (private),
+//! or until it is told to stop or was idle for long (kept).
+//!
+//!     client ── Start, input … ──▶ job number put in ──▶ port ──▶ executor in the host
+//!     client ◀── output, Exited ── by job number ◀────── port ◀──
+
+use super::machine::{Machine, Parts};
+use super::progress::Progress;
+use super::protocol::{Frame, NO_JOB, read_frame, write_frame};
+use crate::report::say;
+use crate::tool::tail;
+use anyhow::{Context, Result, bail};
+use std::collections::HashMap;
+use std::fs;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// A host that shows no sign of life for so long is ended. A busy machine runs one at a tenth of
+/// its speed.
+const SILENCE_MAX: Duration = Duration::from_secs(120);
+const IDLE_MAX: Duration = Duration::from_secs(30 * 60);
+const FAREWELL: Duration = Duration::from_secs(10);
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Whom the host serves.
+#[derive(Debug)]
+pub enum Clients {
+    /// This one; the host ends with it.
+    One(UnixStream),
+    /// Whoever connects here.
+    Many(UnixListener),
+}
+
+enum Event {
+    HostUp { boot_ms: u32 },
+    HostStopped,
+    PortEnded(String),
+    ClientCame,
+    ClientGone,
+    StopAsked,
+}
+
+/// What the threads share: the way into the host, and the ways back to the clients.
+struct Router {
+    port: Mutex<UnixStream>,
+    clients: Mutex<HashMap<u32, Sender<Frame>>>,
+    events: Sender<Event>,
+}
+
+/// Boots a host and serves its clients until it is no longer wanted.
+///
+/// # Errors
+/// The host does not come up, or stops by itself; the error quotes its console.
+pub fn serve(parts: &Parts, clients: Clients, log: &Path) -> Result<()> {
+    let progress = Arc::new(Progress::new());
+    let mut machine = Machine::start(parts, log, &progress)?;
+    let (events, happened) = channel();
+    let router = Arc::new(Router {
+        port: Mutex::new(machine.port.try_clone().context("cannot share the port")?),
+        clients: Mutex::default(),
+        events,
+    });
+    let from_host = machine.port.try_clone().context("cannot share the port")?;
+    let (listening, watching) = (Arc::clone(&router), Arc::clone(&progress));
+    thread::spawn(move || listening.listen_to_host(from_host, &watching));
+    let served = watch(&mut machine, &router, clients, (&happened, &progress));
+    if let Err(error) = served {
+        let console = fs::read(log).unwrap_or_default();
+        let console = tail(&String::from_utf8_lossy(&console));
+        return Err(error.context(format!("its log is {}:\n{console}", log.display())));
+    }
+    // The log matters only after a failure.
+    drop(fs::remove_file(log));
+    Ok(())
+}
+
+fn watch(
+    machine: &mut Machine,
+    router: &Arc<Router>,
+    clients: Clients,
+    (happened, progress): (&Receiver<Event>, &Progress),
+) -> Result<()> {
+    let private = matches!(clients, Clients::One(_));
+    let mut waiting = Some(clients);
+    let mut count = 0_usize;
+    let mut idle_since = Instant::now();
+    loop {
+        match happened.recv_timeout(LOOK_EVERY) {
+            Ok(Event::HostUp { boot_ms }) => {
+                if let Some(clients) = waiting.take() {
+                    router.admit(clients, boot_ms)?;
+                }
+            }
+            Ok(Event::ClientCame) => count += 1,
+            Ok(Event::ClientGone) if private => return stop(router, happened),
+            Ok(Event::ClientGone) => (count, idle_since) = (count - 1, Instant::now()),
+            Ok(Event::StopAsked) => return stop(router, happened),
+            Ok(Event::HostStopped) => {}
+            Ok(Event::PortEnded(reason)) => {
+                bail!(machine.ended().unwrap_or(reason));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        }
+        if let Some(end) = machine.ended() {
+            bail!("the emulated host stopped by itself: {end}");
+        }
+        if progress.silence() > SILENCE_MAX {
+            bail!("the emulated host made no progress for {} s", SILENCE_MAX.as_secs());
+        }
+        if count == 0 && !private && idle_since.elapsed() > IDLE_MAX {
+            return stop(router, happened);
+        }
+    }
+}
+
+/// Lets the host write back what it holds of this machine's files.
+fn stop(router: &Router, happened: &Receiver<Event>) -> Result<()> {
+    router.to_host(NO_JOB, &Frame::Stop)?;
+    let deadline = Instant::now() + FAREWELL;
+    loop {
+        match happened.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(Event::HostStopped) => return Ok(()),
+            Ok(_) => {}
+            Err(_) => {
+                say("the emulated host did not stop in time and was ended");
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl Router {
+    fn to_host(&self, job: u32, frame: &Frame) -> Result<()> {
+        write_frame(&mut *self.port.lock().unwrap_or_else(PoisonError::into_inner), job, frame)
+    }
+
+    fn tell(&self, event: Event) {
+        // Nobody to hear it: the host is being stopped.
+        drop(self.events.send(event));
+    }
+
+    fn listen_to_host(&self, mut port: UnixStream, progress: &Progress) {
+        loop {
+            let (job, frame) = match read_frame(&mut port) {
+                Ok(read) => read,
+                Err(error) => return self.tell(Event::PortEnded(format!("{error:#}"))),
+            };
+            progress.made();
+            match frame {
+                Frame::Hello { boot_ms } => self.tell(Event::HostUp { boot_ms }),
+                Frame::Stop => self.tell(Event::HostStopped),
+                frame => {
+                    let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+                    if let Some(client) = clients.get(&job) {
+                        // Its connection has just ended; the job will hear of it.
+                        drop(client.send(frame));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Serves the clients from now on, in threads of their own.
+    fn admit(self: &Arc<Self>, clients: Clients, boot_ms: u32) -> Result<()> {
+        let router = Arc::clone(self);
+        match clients {
+            Clients::One(client) => {
+                thread::spawn(move || router.serve_client(NO_JOB + 1, &client, boot_ms));
+            }
+            Clients::Many(listener) => {
+                thread::spawn(move || {
+                    for (job, client) in (NO_JOB + 1..).zip(listener.incoming()) {
+                        let Ok(client) = client else { return };
+                        let router = Arc::clone(&router);
+                        thread::spawn(move || router.serve_client(job, &client, boot_ms));
+                    }
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn serve_client(&self, job: u32, client: &UnixStream, boot_ms: u32) {
+        self.tell(Event::ClientCame);
+        let (to_client, frames) = channel();
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner).insert(job, to_client.clone());
+        // A send fails only when the writer below is gone, and then the reader ends as well.
+        drop(to_client.send(Frame::Hello { boot_ms }));
+        drop(to_client);
+        thread::scope(|scope| {
+            scope.spawn(move || write_to_client(client, &frames));
+            self.read_from_client(job, client);
+            self.clients.lock().unwrap_or_else(PoisonError::into_inner).remove(&job);
+        });
+        self.tell(Event::ClientGone);
+    }
+
+    fn read_from_client(&self, job: u32, mut client: &UnixStream) {
+        while let Ok((_, frame)) = read_frame(&mut client) {
+            if frame == Frame::Stop {
+                return self.tell(Event::StopAsked);
+            }
+            if self.to_host(job, &frame).is_err() {
+                return;
+            }
+        }
+        // For a job that has ended the host ignores it.
+        drop(self.to_host(job, &Frame::Hangup));
+    }
+}
+
+fn write_to_client(mut client: &UnixStream, frames: &Receiver<Frame>) {
+    for frame in frames {
+        if write_frame(&mut client, NO_JOB, &frame).is_err() {
+            return;
+        }
+    }
+}
