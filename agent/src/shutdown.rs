@@ -1,0 +1,84 @@
+//! The end of everything in the guest: processes, file systems; the machine follows.
+
+use std::{fs, sync::Arc, time::Duration};
+
+use rustix::{
+    fs::sync,
+    mount::{UnmountFlags, unmount},
+};
+use tokio::{
+    task::spawn_blocking,
+    time::{Instant, timeout_at},
+};
+
+use crate::{cgroup::Cgroup, container::Containers, mounts::STATE, process::Process, text::chain};
+
+/// How long processes have between SIGTERM and SIGKILL.
+const TERM_LIMIT: Duration = Duration::from_secs(2);
+/// How long killed processes may take to end.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
+
+/// Ends all processes of all containers, writes everything to the disks and unmounts them.
+pub(crate) async fn end_everything(containers: &Containers) {
+    let left = containers.close();
+    for (signal, limit) in [(libc::SIGTERM, TERM_LIMIT), (libc::SIGKILL, KILL_LIMIT)] {
+        let running: Vec<_> = left.iter().filter(|(_, init)| init.exit().is_none()).collect();
+        if running.is_empty() {
+            break;
+        }
+        end(&running, signal, limit).await;
+    }
+    if let Err(error) = spawn_blocking(settle_file_systems).await {
+        log::error!("the file systems were not settled: {error}");
+    }
+}
+
+async fn end(running: &[&(Arc<Cgroup>, Arc<Process>)], signal: i32, limit: Duration) {
+    for (cgroup, _init) in running {
+        if let Err(error) = cgroup.signal_all(signal) {
+            log::warn!("{}", chain(&error));
+        }
+    }
+    let deadline = Instant::now() + limit;
+    for (_cgroup, init) in running {
+        if timeout_at(deadline, init.ended()).await.is_err() {
+            log::info!("{} outlives signal {signal}", init.id);
+        }
+    }
+}
+
+fn settle_file_systems() {
+    sync();
+    let Ok(table) = fs::read_to_string("/proc/self/mountinfo") else {
+        log::error!("can't read the table of mounts");
+        return;
+    };
+    for target in mounted_below(&table, STATE).rev() {
+        if let Err(error) = unmount(target, UnmountFlags::NOFOLLOW) {
+            log::warn!("can't unmount {target}: {error}");
+        }
+    }
+    sync();
+}
+
+/// Mount points below `folder`, in the order in which they were mounted (proc(5), mountinfo).
+fn mounted_below<'a>(table: &'a str, folder: &str) -> std::vec::IntoIter<&'a str> {
+    let below =
+        |target: &&str| target.strip_prefix(folder).is_some_and(|rest| rest.starts_with('/'));
+    let targets: Vec<_> =
+        table.lines().filter_map(|line| line.split(' ').nth(4)).filter(below).collect();
+    targets.into_iter()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::mounted_below;
+
+    #[test]
+    fn only_mounts_below_the_folder_are_found() {
+        let table = "1 0 0:1 / / rw - tmpfs t rw\n2 1 0:2 / /run/nacre/a rw - tmpfs t rw\n\
+                     3 1 0:3 / /run/nacrex rw - tmpfs t rw\n4 2 0:4 / /run/nacre/a/b rw - x x rw\n";
+        let found: Vec<_> = mounted_below(table, "/run/nacre").collect();
+        assert_eq!(found, ["/run/nacre/a", "/run/nacre/a/b"]);
+    }
+}
