@@ -17,9 +17,9 @@ pvh_start:
     mov cr4, eax
     mov eax, offset pml4
     mov cr3, eax
-    mov ecx, 0xc0000080             # EFER: SCE, LME
+    mov ecx, 0xc0000080             # EFER: LME
     rdmsr
-    or eax, 0x101
+    or eax, 0x100
     wrmsr
     mov eax, cr0
     and eax, 0xfffffffb             # EM off
@@ -37,20 +37,6 @@ start64:
     mov es, ax
     mov ss, ax
     call load_tables
-    # STAR, LSTAR, FMASK: syscall enters `service` with interrupts off
-    mov ecx, 0xc0000081
-    xor eax, eax
-    mov edx, 0x00230010
-    wrmsr
-    mov ecx, 0xc0000082
-    lea rax, [rip + service]
-    mov rdx, rax
-    shr rdx, 32
-    wrmsr
-    mov ecx, 0xc0000084
-    mov eax, 0x200
-    xor edx, edx
-    wrmsr
     # ring 3, interrupts on
     mov edi, r13d
     push 0x2b
@@ -105,16 +91,10 @@ load_tables:
     mov dword ptr [rbx + 0xf0], 0x1ff
     ret
 
-# A system call. rax: 1 = cpuid of leaf edi, subleaf esi, result to [rdx]; 2 = wait for an
-# interrupt. It returns by iretq, which a software KVM can do where it can't sysret.
+# A service of ring 0, asked for by int3. rax: 1 = cpuid of leaf edi, subleaf esi, result to [rdx];
+# 2 = wait for an interrupt. (Not by syscall: a software KVM runs that handler with ring 3's rights.)
 service:
-    mov r8, rsp
-    lea rsp, [rip + kernel_stack_top]
-    push 0x2b
-    push r8
-    push r11
-    push 0x33
-    push rcx
+    add rsp, 8
     cmp eax, 1
     jne 2f
     push rbx
@@ -135,6 +115,8 @@ service:
 
 # Every vector pushes its number. From 0x40 on it is an interrupt: count it, end it.
 entry:
+    cmp dword ptr [rsp], 3
+    je service
     cmp dword ptr [rsp], 0x40
     jb 3f
     push rax

@@ -78,16 +78,15 @@ pub fn bytes(address: u64, len: usize) -> &'static [u8] {
 pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
     let mut result = [0_u32; 4];
     unsafe {
-        asm!("syscall", inout("rax") 1_u64 => _, in("edi") leaf, in("esi") subleaf,
-            in("rdx") result.as_mut_ptr(), lateout("rcx") _, lateout("rdx") _, out("r8") _,
-            out("r9") _, out("r11") _)
+        asm!("int3", inout("rax") 1_u64 => _, in("edi") leaf, in("esi") subleaf,
+            inout("rdx") result.as_mut_ptr() => _, out("rcx") _, out("r9") _)
     }
     result
 }
 
 /// Halts until an interrupt came.
 pub fn wait_for_interrupt() {
-    unsafe { asm!("syscall", inout("rax") 2_u64 => _, out("rcx") _, out("r8") _, out("r11") _) }
+    unsafe { asm!("int3", in("rax") 2_u64) }
 }
 
 /// The serial port at 0x3f8.
