@@ -1,0 +1,323 @@
+//! The agent in the guest, as the host sees it: typed calls with limits, and answers that are not
+//! believed before they are checked, for whoever broke the guest speaks with its voice.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nacre_proto::{
+    AGENT_MAJOR, AGENT_MINOR, AGENT_PORT,
+    agent::{
+        ConfigureSandboxRequest, CreateContainerRequest, ExecRequest, HelloRequest, ProcessRequest,
+        ResizeTerminalRequest, ShutdownRequest, SignalRequest,
+    },
+    agent_ttrpc::AgentClient,
+};
+use tokio::time::timeout;
+use ttrpc::{
+    Code,
+    r#async::{Client, transport::Socket},
+    context::{self, Context},
+};
+
+use crate::{
+    hybrid_vsock::{self, ConnectError},
+    log_file::printable,
+};
+
+/// How long one attempt to reach the agent may take.
+const ATTEMPT: Duration = Duration::from_secs(10);
+
+/// Why the agent did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// It can't be reached.
+    #[error("the agent can't be reached")]
+    Unreachable(#[from] ConnectError),
+    /// It took the connection and then said nothing.
+    #[error("the agent takes connections and says nothing")]
+    Mute,
+    /// It speaks another protocol.
+    #[error("the agent speaks version {0} of the protocol, this program {AGENT_MAJOR}")]
+    Version(u32),
+    /// It refused.
+    #[error("the agent refuses to {call}: {message}")]
+    Refused {
+        /// What was asked.
+        call: &'static str,
+        /// The kind of error.
+        code: Code,
+        /// In its words, made printable.
+        message: String,
+    },
+    /// The connection broke, or the answer took too long.
+    #[error("the agent did not {call}: {message}")]
+    Lost {
+        /// What was asked.
+        call: &'static str,
+        /// What happened to the connection.
+        message: String,
+    },
+}
+
+/// Names a process: a container's init, or one that was added to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessId {
+    /// The container.
+    pub container: String,
+    /// Empty for the init.
+    pub exec: String,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessEnd {
+    /// Its exit code, or 128 and the signal's number.
+    pub code: u8,
+    /// The guest's out-of-memory killer struck in its container.
+    pub out_of_memory: bool,
+}
+
+/// A connection to the agent.
+#[derive(Clone)]
+pub struct Agent {
+    client: AgentClient,
+    vsock: PathBuf,
+    limit: Duration,
+}
+
+impl Agent {
+    /// Connects once and agrees on the protocol. Later calls may take `limit` each.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the agent does not answer, or speaks another protocol.
+    pub async fn connect(vsock: &Path, limit: Duration) -> Result<Self, AgentError> {
+        let stream = timeout(ATTEMPT, hybrid_vsock::connect(vsock, AGENT_PORT))
+            .await
+            .map_err(|_elapsed| AgentError::Mute)??;
+        let client = AgentClient::new(Client::new(Socket::new(stream)));
+        let agent = Self { client, vsock: vsock.to_owned(), limit };
+        let hello =
+            HelloRequest { major: AGENT_MAJOR, minor: AGENT_MINOR, ..HelloRequest::default() };
+        let answer = agent
+            .client
+            .hello(within(limit), &hello)
+            .await
+            .map_err(|error| failed("say hello", &error))?;
+        if answer.major != AGENT_MAJOR {
+            return Err(AgentError::Version(answer.major));
+        }
+        log::debug!(
+            "agent {}.{} on Linux {}, {} CPUs, {} bytes",
+            answer.major,
+            answer.minor,
+            printable(&answer.kernel_release),
+            answer.online_cpus,
+            answer.memory_bytes
+        );
+        Ok(agent)
+    }
+
+    /// The socket to the guest's vsock ports.
+    #[must_use]
+    pub fn vsock(&self) -> &Path {
+        &self.vsock
+    }
+
+    fn context(&self) -> Context {
+        within(self.limit)
+    }
+
+    /// Once, before any container.
+    ///
+    /// # Errors
+    ///
+    /// As each call: if the agent refuses or is lost.
+    pub async fn configure(&self, request: &ConfigureSandboxRequest) -> Result<(), AgentError> {
+        let answer = self.client.configure_sandbox(self.context(), request).await;
+        answer.map(drop).map_err(|error| failed("configure the sandbox", &error))
+    }
+
+    /// Makes a container and leaves it before its execve.
+    ///
+    /// # Errors
+    ///
+    /// As each call.
+    pub async fn create(&self, request: &CreateContainerRequest) -> Result<(), AgentError> {
+        let answer = self.client.create_container(self.context(), request).await;
+        answer.map(drop).map_err(|error| failed("create the container", &error))
+    }
+
+    /// Adds a process to a container.
+    ///
+    /// # Errors
+    ///
+    /// As each call.
+    pub async fn exec(&self, request: &ExecRequest) -> Result<(), AgentError> {
+        let answer = self.client.exec(self.context(), request).await;
+        answer.map(drop).map_err(|error| failed("add a process", &error))
+    }
+
+    /// Lets a process run its program; answers when the execve is done.
+    ///
+    /// # Errors
+    ///
+    /// As each call; [`AgentError::Refused`] if the program can't be executed.
+    pub async fn start(&self, process: &ProcessId) -> Result<(), AgentError> {
+        let answer = self.client.start(self.context(), &request(process)).await;
+        answer.map(drop).map_err(|error| failed("start the program", &error))
+    }
+
+    /// Sends a signal; with `all`, to every process of the container.
+    ///
+    /// # Errors
+    ///
+    /// As each call.
+    pub async fn signal(
+        &self,
+        process: &ProcessId,
+        signal: i32,
+        all: bool,
+    ) -> Result<(), AgentError> {
+        let request = SignalRequest {
+            container_id: process.container.clone(),
+            exec_id: process.exec.clone(),
+            signal: signal.unsigned_abs(),
+            all,
+            ..SignalRequest::default()
+        };
+        let answer = self.client.signal(self.context(), &request).await;
+        answer.map(drop).map_err(|error| failed("send a signal", &error))
+    }
+
+    /// Waits for the end of a process, as long as it takes.
+    ///
+    /// # Errors
+    ///
+    /// As each call.
+    pub async fn wait(&self, process: &ProcessId) -> Result<ProcessEnd, AgentError> {
+        let answer = self.client.wait(Context::default(), &request(process)).await;
+        let answer = answer.map_err(|error| failed("wait for the program", &error))?;
+        Ok(ProcessEnd {
+            code: u8::try_from(answer.exit_code).unwrap_or(u8::MAX),
+            out_of_memory: answer.oom_killed,
+        })
+    }
+
+    /// Tells a terminal its size, in characters.
+    ///
+    /// # Errors
+    ///
+    /// As each call.
+    pub async fn resize(
+        &self,
+        process: &ProcessId,
+        columns: u16,
+        rows: u16,
+    ) -> Result<(), AgentError> {
+        let request = ResizeTerminalRequest {
+            container_id: process.container.clone(),
+            exec_id: process.exec.clone(),
+            columns: columns.into(),
+            rows: rows.into(),
+            ..ResizeTerminalRequest::default()
+        };
+        let answer = self.client.resize_terminal(self.context(), &request).await;
+        answer.map(drop).map_err(|error| failed("resize the terminal", &error))
+    }
+
+    /// Forgets an ended process, and with an init its container.
+    ///
+    /// # Errors
+    ///
+    /// As each call.
+    pub async fn delete(&self, process: &ProcessId) -> Result<(), AgentError> {
+        let answer = self.client.delete(self.context(), &request(process)).await;
+        answer.map(drop).map_err(|error| failed("delete the process", &error))
+    }
+
+    /// Lets the guest write back its file systems and power off, in at most `limit`.
+    ///
+    /// # Errors
+    ///
+    /// As each call.
+    pub async fn shutdown(&self, limit: Duration) -> Result<(), AgentError> {
+        let answer = self.client.shutdown(within(limit), &ShutdownRequest::default()).await;
+        answer.map(drop).map_err(|error| failed("shut the guest down", &error))
+    }
+}
+
+fn request(process: &ProcessId) -> ProcessRequest {
+    ProcessRequest {
+        container_id: process.container.clone(),
+        exec_id: process.exec.clone(),
+        ..ProcessRequest::default()
+    }
+}
+
+fn within(limit: Duration) -> Context {
+    context::with_timeout(i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX))
+}
+
+fn failed(call: &'static str, error: &ttrpc::Error) -> AgentError {
+    match error {
+        ttrpc::Error::RpcStatus(status) => match status.code() {
+            // Made by the client itself when the time is over.
+            Code::DEADLINE_EXCEEDED => {
+                AgentError::Lost { call, message: "it took too long".to_owned() }
+            }
+            code => AgentError::Refused { call, code, message: printable(&status.message) },
+        },
+        other => AgentError::Lost { call, message: printable(&other.to_string()) },
+    }
+}
+
+impl AgentError {
+    /// Whether a program could not be started because it is not there.
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Refused { code, message, .. }
+            if *code == Code::NOT_FOUND || says(message, &["no such file", "not found"]))
+    }
+
+    /// Whether a program could not be started although it is there.
+    #[must_use]
+    pub fn is_not_executable(&self) -> bool {
+        let words = ["permission denied", "exec format", "is a directory", "not executable"];
+        matches!(self, Self::Refused { code, message, .. }
+            if *code == Code::PERMISSION_DENIED || says(message, &words))
+    }
+}
+
+fn says(message: &str, words: &[&str]) -> bool {
+    let message = message.to_ascii_lowercase();
+    words.iter().any(|word| message.contains(word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(code: Code, message: &str) -> AgentError {
+        failed("start the program", &ttrpc::Error::RpcStatus(ttrpc::get_status(code, message)))
+    }
+
+    #[test]
+    fn a_missing_program_is_told_from_one_that_cannot_run() {
+        let missing = refused(Code::NOT_FOUND, "x");
+        assert!(missing.is_not_found() && !missing.is_not_executable());
+        let denied = refused(Code::UNKNOWN, "execve: Permission denied");
+        assert!(!denied.is_not_found() && denied.is_not_executable());
+        let other = refused(Code::INTERNAL, "x");
+        assert!(!other.is_not_found() && !other.is_not_executable());
+    }
+
+    #[test]
+    fn what_the_agent_says_can_do_a_terminal_no_harm() {
+        let error = refused(Code::INTERNAL, &format!("\x1b[2J{}", "x".repeat(10_000)));
+        let text = error.to_string();
+        assert!(text.len() < 500 && !text.contains('\x1b'), "{text}");
+    }
+}

@@ -1,0 +1,156 @@
+//! Letting a guest's packets out through the host, with the host's address, and back.
+//!
+//! With `nft` it is one table a sandbox, removed as one; with `iptables` three rules that carry
+//! the sandbox's interface and are removed one by one. Which one is there decides.
+
+use std::{
+    env,
+    io::Write as _,
+    net::Ipv4Addr,
+    process::{Command, Stdio},
+};
+
+use crate::{log_file, network::NetworkError, record::Firewall};
+
+/// Runs a program of the host.
+///
+/// # Errors
+///
+/// Fails if it is missing or does not succeed; the error carries the first line it printed.
+pub(crate) fn run(
+    program: &'static str,
+    arguments: &[&str],
+    input: &str,
+) -> Result<(), NetworkError> {
+    let failed = |source| match source {
+        error if std::io::Error::kind(&error) == std::io::ErrorKind::NotFound => {
+            NetworkError::MissingProgram(program)
+        }
+        source => NetworkError::Run { program, source },
+    };
+    log::debug!("runs {program} {arguments:?} {input}");
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(failed)?;
+    let fed = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(input.as_bytes()));
+    let output = child.wait_with_output().map_err(failed)?;
+    if output.status.success() {
+        return fed.map_err(failed);
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let said = log_file::printable(said.lines().next().unwrap_or("nothing"));
+    Err(NetworkError::Failed { program, arguments: arguments.join(" "), said })
+}
+
+fn is_installed(program: &str) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).any(|folder| folder.join(program).is_file())
+}
+
+/// The way that this host offers.
+///
+/// # Errors
+///
+/// Fails if it offers none.
+pub fn available() -> Result<Firewall, NetworkError> {
+    if is_installed("nft") {
+        Ok(Firewall::Nft)
+    } else if is_installed("iptables") {
+        Ok(Firewall::Iptables)
+    } else {
+        Err(NetworkError::NoFirewall)
+    }
+}
+
+/// Lets the guest behind `tap` out.
+///
+/// # Errors
+///
+/// Fails if the host's program does.
+pub fn add(firewall: Firewall, tap: &str, guest: Ipv4Addr) -> Result<(), NetworkError> {
+    match firewall {
+        Firewall::Nft => run("nft", &["-f", "-"], &nft_table(tap, guest)),
+        Firewall::Iptables => iptables_rules(tap, guest)
+            .iter()
+            .try_for_each(|rule| run("iptables", &rule_arguments("-I", rule), "")),
+    }
+}
+
+/// Undoes [`add`], as far as it went.
+pub fn remove(firewall: Firewall, tap: &str, guest: Ipv4Addr) {
+    let undo = |program, arguments: &[&str]| {
+        if let Err(error) = run(program, arguments, "") {
+            log::debug!("{error}");
+        }
+    };
+    match firewall {
+        Firewall::Nft => undo("nft", &["delete", "table", "ip", tap]),
+        Firewall::Iptables => iptables_rules(tap, guest)
+            .iter()
+            .for_each(|rule| undo("iptables", &rule_arguments("-D", rule))),
+    }
+}
+
+fn nft_table(tap: &str, guest: Ipv4Addr) -> String {
+    format!(
+        "table ip {tap} {{
+  chain postrouting {{
+    type nat hook postrouting priority 100; policy accept;
+    ip saddr {guest} oifname != \"{tap}\" masquerade
+  }}
+  chain forward {{
+    type filter hook forward priority 0; policy accept;
+    iifname \"{tap}\" ip saddr != {guest} drop
+    oifname \"{tap}\" ct state established,related accept
+    oifname \"{tap}\" drop
+  }}
+}}
+"
+    )
+}
+
+/// Table and rule of each; the command goes between.
+type Rule = (&'static str, Vec<String>);
+
+fn iptables_rules(tap: &str, guest: Ipv4Addr) -> [Rule; 4] {
+    let rule = |text: String| text.split(' ').map(str::to_owned).collect();
+    [
+        ("nat", rule(format!("POSTROUTING -s {guest}/32 ! -o {tap} -j MASQUERADE"))),
+        ("filter", rule(format!("FORWARD -i {tap} -s {guest}/32 -j ACCEPT"))),
+        ("filter", rule(format!("FORWARD -o {tap} -j DROP"))),
+        (
+            "filter",
+            rule(format!("FORWARD -o {tap} -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT")),
+        ),
+    ]
+}
+
+fn rule_arguments<'a>(command: &'a str, (table, rule): &'a Rule) -> Vec<&'a str> {
+    ["-w", "-t", table, command].into_iter().chain(rule.iter().map(String::as_str)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_of_a_sandbox_is_named_after_its_interface() {
+        let table = nft_table("nacre3", Ipv4Addr::new(10, 88, 0, 14));
+        assert!(table.starts_with("table ip nacre3 {"));
+        assert!(table.contains("ip saddr 10.88.0.14 oifname != \"nacre3\" masquerade"));
+    }
+
+    #[test]
+    fn a_failing_program_is_told_with_what_it_said() {
+        let error = run("sh", &["-c", "echo no luck >&2; exit 1"], "").unwrap_err();
+        assert_eq!(error.to_string(), "`sh -c echo no luck >&2; exit 1` failed and said: no luck");
+        assert!(matches!(
+            run("nacre-no-such-program", &[], ""),
+            Err(NetworkError::MissingProgram("nacre-no-such-program"))
+        ));
+    }
+}

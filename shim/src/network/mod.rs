@@ -1,0 +1,167 @@
+//! The host's side of a sandbox's network: a tap with an address, and a way out.
+//!
+//! The tap lives as long as its descriptor, so it can't outlive the sandbox's processes. The rules
+//! and the forwarding switch can: they are recorded before they are made, and [`remove`] takes
+//! them away by the record.
+
+pub mod address;
+pub mod firewall;
+
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv4Addr},
+    os::fd::OwnedFd,
+};
+
+use crate::{
+    record::NetworkRecord,
+    registry::{Registration, RegistryError},
+    sys,
+};
+use address::{PREFIX_BITS, Pair};
+
+/// Why a sandbox gets no network.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// The tap can't be made.
+    #[error("can't make the tap interface {0}")]
+    Tap(String, #[source] io::Error),
+    /// A program of the host is missing.
+    #[error("the program `{0}` is not installed, and a sandbox with a network needs it")]
+    MissingProgram(&'static str),
+    /// There is nothing to translate addresses with.
+    #[error("neither `nft` nor `iptables` is installed, and a network with a way out needs one")]
+    NoFirewall,
+    /// A program of the host can't be run.
+    #[error("can't run `{program}`")]
+    Run {
+        /// Which.
+        program: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A program of the host failed.
+    #[error("`{program} {arguments}` failed and said: {said}")]
+    Failed {
+        /// Which.
+        program: &'static str,
+        /// With what.
+        arguments: String,
+        /// The first line it printed.
+        said: String,
+    },
+    /// Forwarding can't be switched on.
+    #[error("can't switch on forwarding of {0}")]
+    Forwarding(String, #[source] io::Error),
+    /// No address is free, or it can't be recorded.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+}
+
+/// A network that is ready for its backend.
+#[derive(Debug)]
+pub struct Network {
+    /// Its addresses.
+    pub pair: Pair,
+    /// The tap, for `nacre-net`.
+    pub tap: OwnedFd,
+}
+
+/// Makes the network of a sandbox. If it fails half-way, the record says what is to be removed.
+///
+/// # Errors
+///
+/// Fails if no address is free or the host refuses.
+pub fn create(registration: &mut Registration) -> Result<Network, NetworkError> {
+    let pair = registration.reserve_network()?;
+    let name = pair.tap();
+    let tap = sys::create_tap(&name).map_err(|source| NetworkError::Tap(name.clone(), source))?;
+    let host = format!("{}/{PREFIX_BITS}", pair.host());
+    firewall::run("ip", &["address", "add", &host, "dev", &name], "")?;
+    firewall::run("ip", &["link", "set", "dev", &name, "up"], "")?;
+    match address::uplink() {
+        None => log::info!("the host has no default route: the sandbox reaches only the host"),
+        Some(uplink) => let_out(registration, pair, &uplink)?,
+    }
+    Ok(Network { pair, tap })
+}
+
+fn let_out(registration: &mut Registration, pair: Pair, uplink: &str) -> Result<(), NetworkError> {
+    let firewall = firewall::available()?;
+    let was_on = fs::read_to_string(forwarding_switch(uplink))
+        .map_err(|source| NetworkError::Forwarding(uplink.to_owned(), source))?
+        .trim()
+        != "0";
+    // Whoever ends last switches it off, so each sandbox that depends on the switch records it.
+    let ours = !was_on || registration.others_switched_on(uplink)?;
+    registration.update(|record| {
+        if let Some(network) = &mut record.network {
+            network.firewall = Some(firewall);
+            network.forwarding = ours.then(|| uplink.to_owned());
+        }
+    })?;
+    for interface in [pair.tap().as_str(), uplink] {
+        fs::write(forwarding_switch(interface), "1")
+            .map_err(|source| NetworkError::Forwarding(interface.to_owned(), source))?;
+    }
+    firewall::add(firewall, &pair.tap(), pair.guest())
+}
+
+fn forwarding_switch(interface: &str) -> String {
+    format!("/proc/sys/net/ipv4/conf/{interface}/forwarding")
+}
+
+/// Removes what outlives the processes of a sandbox, by its record. `other_users` is how many
+/// other sandboxes need the host to forward packets.
+pub fn remove(record: &NetworkRecord, other_users: usize) {
+    if let Some(kind) = record.firewall {
+        firewall::remove(kind, &record.tap, record.guest);
+    }
+    match &record.forwarding {
+        Some(uplink) if other_users == 0 => {
+            if let Err(error) = fs::write(forwarding_switch(uplink), "0") {
+                log::warn!("can't switch off forwarding of {uplink}: {error}");
+            }
+        }
+        Some(uplink) => log::debug!("forwarding of {uplink} stays on for {other_users} others"),
+        None => {}
+    }
+}
+
+/// The name servers that a guest can reach, from the host's configuration.
+#[must_use]
+pub fn nameservers() -> Vec<Ipv4Addr> {
+    // systemd-resolved lists the real ones there and puts a loopback address into /etc.
+    let files = ["/run/systemd/resolve/resolv.conf", "/etc/resolv.conf"];
+    let found = files
+        .iter()
+        .map(|file| parse_nameservers(&fs::read_to_string(file).unwrap_or_default()))
+        .find(|servers| !servers.is_empty());
+    found.unwrap_or_else(|| {
+        log::warn!("the host names no name server that a sandbox could reach");
+        Vec::new()
+    })
+}
+
+fn parse_nameservers(text: &str) -> Vec<Ipv4Addr> {
+    text.lines()
+        .filter_map(|line| line.trim().strip_prefix("nameserver"))
+        .filter_map(|address| address.trim().parse::<IpAddr>().ok())
+        .filter_map(|address| match address {
+            IpAddr::V4(address) if !address.is_loopback() => Some(address),
+            IpAddr::V4(_) | IpAddr::V6(_) => None,
+        })
+        .take(3)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn name_servers_on_the_hosts_loopback_are_of_no_use_to_a_guest() {
+        let text = "# x\nnameserver 127.0.0.53\nnameserver 10.0.0.2\nnameserver ::1\nsearch a\n";
+        assert_eq!(parse_nameservers(text), [Ipv4Addr::new(10, 0, 0, 2)]);
+    }
+}

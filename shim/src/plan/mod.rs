@@ -1,0 +1,364 @@
+//! What a sandbox will be, decided before anything exists. Pure: from a [`SandboxConfig`] and
+//! [`HostFacts`] to a [`SandboxPlan`] or an error; [`inputs`] alone looks at files.
+//!
+//! In the guest, everything shared is mounted below `/run/nacre`: the root file system at `rootfs`
+//! (an overlay above `lower`, unless it is to be written), the volume number N at `volumes/N`. Disk
+//! number N has the serial `disk-N` and appears in the container as `/dev/disk-N`.
+
+pub mod inputs;
+pub mod process;
+pub mod spec;
+
+use std::{net::Ipv4Addr, path::PathBuf};
+
+use nacre_proto::agent::{Device, Storage};
+use oci_spec::runtime::Spec;
+
+use crate::{cgroup::HostLimits, image::accounts::AccountError, name::SandboxName, size::ByteSize};
+use inputs::HostFacts;
+use process::ProcessConfig;
+
+/// Where the agent mounts what is shared with the guest.
+const GUEST: &str = "/run/nacre";
+/// What the guest's kernel is told, unless more is asked for.
+///
+/// `panic=-1` reboots at once, which the VMM reports; the time source is known to be good, so it is
+/// not probed; nothing looks for devices that are not there; mitigations stay on.
+const COMMAND_LINE: [&str; 9] = [
+    "console=ttyS0",
+    "panic=-1",
+    "tsc=reliable",
+    "no_timer_check",
+    "rcupdate.rcu_expedited=1",
+    "cryptomgr.notests",
+    "random.trust_cpu=on",
+    "pci=lastbus=0",
+    "8250.nr_uarts=1",
+];
+/// The longest command line, in bytes (COMMAND_LINE_SIZE of x86).
+const COMMAND_LINE_BYTES: usize = 2047;
+
+/// A folder of the host that the container sees.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volume {
+    /// On the host; absolute.
+    pub host: PathBuf,
+    /// In the container; absolute.
+    pub guest: PathBuf,
+    /// Whether the container may only read it.
+    pub read_only: bool,
+}
+
+/// A disk image of the host that the container sees as a block device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// On the host; absolute.
+    pub path: PathBuf,
+    /// Whether it may only be read.
+    pub read_only: bool,
+}
+
+/// What the guest's kernel holds the container to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ContainerLimits {
+    /// `memory.max` of the container's cgroup in the guest.
+    pub memory: Option<ByteSize>,
+    /// `pids.max` of the container's cgroup in the guest.
+    pub pids: Option<u32>,
+}
+
+/// All that a front end can ask for.
+#[derive(Clone, Debug)]
+pub struct SandboxConfig {
+    /// Its name; also the container's id.
+    pub name: SandboxName,
+    /// The guest's kernel.
+    pub kernel: PathBuf,
+    /// The guest's initial file system, with the agent.
+    pub initramfs: PathBuf,
+    /// Added to the kernel's command line.
+    pub kernel_arguments: Vec<String>,
+    /// Whether the guest's kernel is to tell more.
+    pub verbose_kernel: bool,
+    /// The container's root file system.
+    pub rootfs: PathBuf,
+    /// Whether the container writes to it, instead of to memory.
+    pub writable_rootfs: bool,
+    /// How many processors the guest has.
+    pub cpus: u32,
+    /// How much memory the guest has.
+    pub memory: ByteSize,
+    /// Shared folders.
+    pub volumes: Vec<Volume>,
+    /// Disks.
+    pub disks: Vec<Disk>,
+    /// Whether there is a network.
+    pub network: bool,
+    /// The name that the guest and the container have for themselves.
+    pub hostname: Option<String>,
+    /// The container's program.
+    pub process: ProcessConfig,
+    /// Limits in the guest.
+    pub limits: ContainerLimits,
+    /// Limits on the host.
+    pub host_limits: HostLimits,
+}
+
+/// Why there can't be such a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// No processors.
+    #[error("a sandbox needs at least one CPU")]
+    NoCpus,
+    /// No memory.
+    #[error("a sandbox needs memory: --memory 0 was asked for")]
+    NoMemory,
+    /// More memory than there is.
+    #[error("memory of {asked} is more than the host's memory and swap, {available}")]
+    TooMuchMemory {
+        /// Asked for.
+        asked: ByteSize,
+        /// Memory and swap of the host.
+        available: ByteSize,
+    },
+    /// Nothing to run.
+    #[error("no command: none is given and the image names none")]
+    NoCommand,
+    /// A path that has to be absolute is not.
+    #[error("{what} `{}` is not an absolute path", path.display())]
+    NotAbsolute {
+        /// What it is for.
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// A volume in the place of everything.
+    #[error("a volume can't be mounted on the container's `/`")]
+    VolumeOnRoot,
+    /// A variable without a name.
+    #[error("`{0}` is no environment variable: NAME=VALUE is expected")]
+    Environment(String),
+    /// A text with a byte that no argument can have.
+    #[error("{0} holds a NUL byte")]
+    Nul(&'static str),
+    /// A host name that the kernel refuses.
+    #[error("`{0}` is no host name: 1 to 64 letters, digits, `.`, `_` and `-` are expected")]
+    Hostname(String),
+    /// The command line is too long.
+    #[error("the kernel's command line has {0} bytes, at most {COMMAND_LINE_BYTES} are possible")]
+    CommandLine(usize),
+    /// An unknown user.
+    #[error(transparent)]
+    Account(#[from] AccountError),
+    /// The runtime specification is not one.
+    #[error("the runtime specification is malformed: {0}")]
+    Spec(String),
+}
+
+/// A device of the guest, and so one backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DevicePlan {
+    /// `nacre-vsock`.
+    Vsock {
+        /// The guest's address; each VM has its own socket, so the number need not be unique.
+        cid: u32,
+    },
+    /// `nacre-fs`.
+    Share {
+        /// The tag, also the device's id.
+        tag: String,
+        /// The folder.
+        path: PathBuf,
+        /// Whether the guest may only read it.
+        read_only: bool,
+    },
+    /// `nacre-blk`.
+    Disk {
+        /// The serial, also the device's id.
+        serial: String,
+        /// The image.
+        path: PathBuf,
+        /// Whether it may only be read.
+        read_only: bool,
+    },
+    /// `nacre-net`.
+    Network,
+}
+
+impl DevicePlan {
+    /// The device's id for the VMM and for messages.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Vsock { .. } => "vsock",
+            Self::Share { tag, .. } => tag,
+            Self::Disk { serial, .. } => serial,
+            Self::Network => "net",
+        }
+    }
+}
+
+/// A sandbox that can be made.
+#[derive(Clone, Debug)]
+pub struct SandboxPlan {
+    /// What was asked for.
+    pub config: SandboxConfig,
+    /// What the guest's kernel is told.
+    pub command_line: String,
+    /// The guest's devices.
+    pub devices: Vec<DevicePlan>,
+    /// What the agent mounts before the container is made, in order.
+    pub storages: Vec<Storage>,
+    /// Which disks become device nodes of the container.
+    pub container_devices: Vec<Device>,
+    /// The name servers for the guest.
+    pub nameservers: Vec<Ipv4Addr>,
+    /// The guest's own name.
+    pub hostname: String,
+    /// The container.
+    pub spec: Spec,
+}
+
+impl SandboxPlan {
+    /// Decides.
+    ///
+    /// # Errors
+    ///
+    /// Fails if what is asked for makes no sense on this host.
+    pub fn new(config: SandboxConfig, facts: &HostFacts) -> Result<Self, PlanError> {
+        check_size(&config, facts)?;
+        for volume in &config.volumes {
+            absolute("volume", &volume.guest)?;
+            if volume.guest.parent().is_none() {
+                return Err(PlanError::VolumeOnRoot);
+            }
+        }
+        let hostname = hostname(&config)?;
+        let nameservers = if config.network { facts.nameservers.clone() } else { Vec::new() };
+        let spec = spec::build(&config, facts, &hostname, !nameservers.is_empty())?;
+        Ok(Self {
+            command_line: command_line(&config)?,
+            devices: devices(&config),
+            storages: storages(&config),
+            container_devices: container_devices(&config.disks),
+            nameservers,
+            hostname,
+            spec,
+            config,
+        })
+    }
+}
+
+fn check_size(config: &SandboxConfig, facts: &HostFacts) -> Result<(), PlanError> {
+    if config.cpus == 0 {
+        return Err(PlanError::NoCpus);
+    }
+    let asked = config.memory;
+    match asked.0 {
+        0 => Err(PlanError::NoMemory),
+        _ if asked > facts.memory_and_swap => {
+            Err(PlanError::TooMuchMemory { asked, available: facts.memory_and_swap })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn absolute(what: &'static str, path: &std::path::Path) -> Result<(), PlanError> {
+    if path.is_absolute() {
+        Ok(())
+    } else {
+        Err(PlanError::NotAbsolute { what, path: path.to_owned() })
+    }
+}
+
+fn hostname(config: &SandboxConfig) -> Result<String, PlanError> {
+    let name = config.hostname.clone().unwrap_or_else(|| config.name.to_string());
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if !name.is_empty() && name.len() <= 64 && name.chars().all(fits) {
+        Ok(name)
+    } else {
+        Err(PlanError::Hostname(name))
+    }
+}
+
+fn command_line(config: &SandboxConfig) -> Result<String, PlanError> {
+    let mut words: Vec<&str> = COMMAND_LINE.to_vec();
+    if !config.verbose_kernel {
+        words.push("quiet");
+    }
+    words.extend(config.kernel_arguments.iter().map(String::as_str));
+    let line = words.join(" ");
+    if line.contains('\0') {
+        return Err(PlanError::Nul("the kernel's command line"));
+    }
+    if line.len() <= COMMAND_LINE_BYTES {
+        Ok(line)
+    } else {
+        Err(PlanError::CommandLine(line.len()))
+    }
+}
+
+fn devices(config: &SandboxConfig) -> Vec<DevicePlan> {
+    let rootfs = DevicePlan::Share {
+        tag: "rootfs".to_owned(),
+        path: config.rootfs.clone(),
+        read_only: !config.writable_rootfs,
+    };
+    let volumes = config.volumes.iter().enumerate().map(|(index, volume)| DevicePlan::Share {
+        tag: format!("volume-{index}"),
+        path: volume.host.clone(),
+        read_only: volume.read_only,
+    });
+    let disks = config.disks.iter().enumerate().map(|(index, disk)| DevicePlan::Disk {
+        serial: format!("disk-{index}"),
+        path: disk.path.clone(),
+        read_only: disk.read_only,
+    });
+    [DevicePlan::Vsock { cid: 3 }, rootfs]
+        .into_iter()
+        .chain(volumes)
+        .chain(disks)
+        .chain(config.network.then_some(DevicePlan::Network))
+        .collect()
+}
+
+fn storages(config: &SandboxConfig) -> Vec<Storage> {
+    let share = |tag: String, mount_point: String, read_only: bool| Storage {
+        driver: "virtiofs".to_owned(),
+        source: tag,
+        options: if read_only { vec!["ro".to_owned()] } else { Vec::new() },
+        mount_point,
+        ..Storage::default()
+    };
+    let lower = format!("{GUEST}/lower");
+    let rootfs = format!("{GUEST}/rootfs");
+    let mut storages = if config.writable_rootfs {
+        vec![share("rootfs".to_owned(), rootfs, false)]
+    } else {
+        let overlay = Storage {
+            driver: "overlay".to_owned(),
+            source: lower.clone(),
+            mount_point: rootfs,
+            ..Storage::default()
+        };
+        vec![share("rootfs".to_owned(), lower, true), overlay]
+    };
+    storages.extend(config.volumes.iter().enumerate().map(|(index, volume)| {
+        share(format!("volume-{index}"), format!("{GUEST}/volumes/{index}"), volume.read_only)
+    }));
+    storages
+}
+
+fn container_devices(disks: &[Disk]) -> Vec<Device> {
+    let device = |(index, disk): (usize, &Disk)| Device {
+        serial: format!("disk-{index}"),
+        container_path: format!("/dev/disk-{index}"),
+        read_only: disk.read_only,
+        ..Device::default()
+    };
+    disks.iter().enumerate().map(device).collect()
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+pub(crate) mod tests;

@@ -1,0 +1,180 @@
+//! Why a sandbox came to nothing or to an early end, and the exit code that says so.
+
+use std::{path::PathBuf, time::Duration};
+
+use nacre_proto::exit::{RunExit, VmmExit};
+
+use crate::{
+    agent::AgentError,
+    backends::{BackendError, said},
+    cgroup::CgroupError,
+    child::End,
+    fault::Injected,
+    network::NetworkError,
+    registry::RegistryError,
+    streams::StreamError,
+    vmm::{self, VmmError},
+};
+
+/// See the module.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// The name can't be had, or the record not written.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The host gives no network.
+    #[error("network")]
+    Network(#[from] NetworkError),
+    /// The host gives no cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The path of the vsock socket does not fit into a socket address.
+    #[error("the path {} is too long for a socket: at most 107 bytes (set NACRE_STATE)", .0.display())]
+    SocketPath(PathBuf),
+    /// A backend failed.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// The VMM can't be started.
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+    /// The VMM ended, and why it says it did.
+    #[error("{}{}", vmm_sentence(*end), said(last_words))]
+    VmmEnded {
+        /// How.
+        end: End,
+        /// The last line that it printed.
+        last_words: Option<String>,
+        /// The last lines that the guest's kernel printed.
+        console: Option<String>,
+    },
+    /// The agent never answered.
+    #[error("the guest's agent does not answer: no sign of progress for {} s", waited.as_secs())]
+    AgentSilent {
+        /// How long nothing happened.
+        waited: Duration,
+        /// The last lines that the guest's kernel printed.
+        console: Option<String>,
+    },
+    /// The agent answered, and not as it should.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// The container's program can't be started.
+    #[error("can't run `{program}`")]
+    Program {
+        /// Which.
+        program: String,
+        /// Why not.
+        source: AgentError,
+    },
+    /// The streams can't be connected.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// A signal came before the container ran.
+    #[error("called off by signal {0}")]
+    Interrupted(i32),
+    /// A test wants it.
+    #[error(transparent)]
+    Injected(#[from] Injected),
+    /// The specification can't be sent.
+    #[error("the runtime specification can't be written as JSON")]
+    Spec(#[source] serde_json::Error),
+    /// The host has no random numbers.
+    #[error("the host gives no random numbers")]
+    Random(#[source] std::io::Error),
+}
+
+fn vmm_sentence(end: End) -> String {
+    let what = match vmm::meaning(end) {
+        Some(VmmExit::PowerOff) => "the guest powered itself off while its container ran",
+        Some(VmmExit::BootFile) => "nacre-vmm can't use the kernel or the initramfs",
+        Some(VmmExit::Memory) => "nacre-vmm can't have the guest's memory",
+        Some(VmmExit::Kvm) => "nacre-vmm can't use KVM as asked",
+        Some(VmmExit::Usage) => "nacre-vmm does not understand its command line",
+        Some(VmmExit::Backend) => "nacre-vmm lost a backend",
+        Some(VmmExit::Reset) => "the guest reset itself",
+        Some(VmmExit::GuestPanic) => "the guest's kernel panicked",
+        Some(VmmExit::GuestCrash) => "the guest crashed",
+        Some(VmmExit::Failed) => "nacre-vmm failed",
+        Some(VmmExit::Stopped) => "nacre-vmm was stopped",
+        None => return format!("nacre-vmm {end}"),
+    };
+    what.to_owned()
+}
+
+impl SandboxError {
+    /// The exit code of `nacre run`, unless [`Self::signal`] gives another.
+    #[must_use]
+    pub fn exit(&self) -> RunExit {
+        match self {
+            Self::Backend(_) => RunExit::BackendDied,
+            Self::Vmm(VmmError::Child(_) | VmmError::Cgroup(_) | VmmError::Prepare { .. }) => {
+                RunExit::VmmDied
+            }
+            Self::VmmEnded { end, console, .. } => vmm_exit(*end, console.as_deref()),
+            Self::AgentSilent { .. } | Self::Agent(AgentError::Lost { .. } | AgentError::Mute) => {
+                RunExit::AgentSilent
+            }
+            Self::Program { source, .. } if source.is_not_found() => RunExit::NotFound,
+            Self::Program { source, .. } if source.is_not_executable() => RunExit::CannotExecute,
+            _ => RunExit::Setup,
+        }
+    }
+
+    /// The signal that ended it, if one did.
+    #[must_use]
+    pub fn signal(&self) -> Option<i32> {
+        if let Self::Interrupted(signal) = self { Some(*signal) } else { None }
+    }
+
+    /// More lines that help to understand it.
+    #[must_use]
+    pub fn details(&self) -> Option<String> {
+        match self {
+            Self::VmmEnded { console, .. } | Self::AgentSilent { console, .. } => {
+                console.as_ref().map(|console| format!("the guest's console ends with:\n{console}"))
+            }
+            _ => None,
+        }
+    }
+}
+
+fn vmm_exit(end: End, console: Option<&str>) -> RunExit {
+    let panicked = || console.is_some_and(|console| console.contains("Kernel panic"));
+    match vmm::meaning(end) {
+        Some(VmmExit::GuestPanic | VmmExit::GuestCrash) => RunExit::GuestPanic,
+        // By its command line the guest resets itself when it panics, and has no other reason to.
+        Some(VmmExit::Reset) => RunExit::GuestPanic,
+        Some(VmmExit::PowerOff) if panicked() => RunExit::GuestPanic,
+        Some(VmmExit::Usage | VmmExit::BootFile | VmmExit::Memory | VmmExit::Kvm) => RunExit::Setup,
+        Some(VmmExit::Backend) => RunExit::BackendDied,
+        Some(VmmExit::PowerOff | VmmExit::Failed | VmmExit::Stopped) | None => RunExit::VmmDied,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ended(end: End) -> SandboxError {
+        SandboxError::VmmEnded { end, last_words: Some("x".to_owned()), console: None }
+    }
+
+    #[test]
+    fn each_way_of_ending_has_its_code() {
+        let code = |exit: VmmExit| ended(End::Code(exit.into())).exit();
+        assert_eq!(code(VmmExit::GuestPanic), RunExit::GuestPanic);
+        assert_eq!(code(VmmExit::Reset), RunExit::GuestPanic);
+        assert_eq!(code(VmmExit::Kvm), RunExit::Setup);
+        assert_eq!(code(VmmExit::Memory), RunExit::Setup);
+        assert_eq!(code(VmmExit::Failed), RunExit::VmmDied);
+        assert_eq!(code(VmmExit::Backend), RunExit::BackendDied);
+        assert_eq!(ended(End::Signal(9)).exit(), RunExit::VmmDied);
+        assert_eq!(ended(End::Code(77)).exit(), RunExit::VmmDied);
+    }
+
+    #[test]
+    fn an_error_is_one_sentence_with_the_last_words() {
+        let error = ended(End::Signal(11));
+        assert_eq!(error.to_string(), "nacre-vmm was ended by signal 11; its last words: x");
+    }
+}

@@ -1,0 +1,83 @@
+//! What the host has for a sandbox beside its processes.
+
+use crate::{
+    cgroup::{self, Cgroup},
+    fault::{self, Step},
+    network::{self, Network},
+    plan::SandboxPlan,
+    registry::{Registration, RegistryError},
+    sandbox::SandboxError,
+};
+
+/// Registration, network and cgroup. Dropping it takes them down.
+#[derive(Debug)]
+pub struct HostResources {
+    pub(super) cgroup: Option<Cgroup>,
+    pub(super) network: Option<Network>,
+    // Only `keep` takes it.
+    pub(super) registration: Option<Registration>,
+}
+
+impl HostResources {
+    /// Makes what `plan` needs of the host.
+    pub(super) fn create(
+        plan: &SandboxPlan,
+        registration: Registration,
+    ) -> Result<Self, SandboxError> {
+        let mut resources = Self { cgroup: None, network: None, registration: Some(registration) };
+        fault::point(Step::Claim)?;
+        if plan.config.network
+            && let Some(registration) = &mut resources.registration
+        {
+            resources.network = Some(network::create(registration)?);
+        }
+        fault::point(Step::Network)?;
+        resources.limit(plan)?;
+        fault::point(Step::Cgroup)?;
+        Ok(resources)
+    }
+
+    fn limit(&mut self, plan: &SandboxPlan) -> Result<(), SandboxError> {
+        let limits = plan.config.host_limits;
+        if limits.is_empty() {
+            return Ok(());
+        }
+        if !cgroup::is_available() {
+            log::warn!(
+                "limits on the host are refused: this machine has no cgroup v2 at /sys/fs/cgroup \
+                 (limits in the guest hold)"
+            );
+            return Ok(());
+        }
+        let path = cgroup::path_of(&plan.config.name);
+        if let Some(registration) = &mut self.registration {
+            registration.update(|record| record.cgroup = Some(path.clone()))?;
+        }
+        self.cgroup = Some(Cgroup::create(path, limits)?);
+        Ok(())
+    }
+
+    /// Takes down all but the sandbox's folder, which keeps its record and logs.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the record can't be written.
+    pub fn keep(mut self, code: u8) -> Result<(), RegistryError> {
+        self.take_down();
+        self.registration.take().map_or(Ok(()), |registration| registration.keep(code))
+    }
+
+    fn take_down(&mut self) {
+        drop(self.cgroup.take());
+        drop(self.network.take());
+        if let Some(registration) = &mut self.registration {
+            registration.release_network();
+        }
+    }
+}
+
+impl Drop for HostResources {
+    fn drop(&mut self) {
+        self.take_down();
+    }
+}

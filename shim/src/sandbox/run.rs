@@ -1,0 +1,200 @@
+//! A sandbox whose container runs, until its end. One task owns it; everything else sends it
+//! requests.
+
+use std::{future, time::Duration};
+
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep_until},
+};
+
+use nacre_proto::exit::RunExit;
+
+use crate::{
+    agent::{Agent, ProcessEnd, ProcessId},
+    sandbox::{
+        Ended, Request, SandboxError,
+        create::VmUp,
+        host::HostResources,
+        signals::{Patience, Reaction},
+    },
+    streams::Streams,
+};
+
+/// How long the end of a killed container may take to be reported.
+const KILLED_WITHIN: Duration = Duration::from_secs(10);
+/// How long a stream of an ended process may neither move nor end.
+const DRAINED_WITHIN: Duration = Duration::from_secs(10);
+/// How long the guest may take to write back its file systems.
+const SHUTDOWN_WITHIN: Duration = Duration::from_secs(30);
+/// How long the guest may then take to power off, and a backend to end.
+const OFF_WITHIN: Duration = Duration::from_secs(10);
+/// How long the VMM may take to tell its figures.
+const STATUS_WITHIN: Duration = Duration::from_secs(5);
+const KILLED: u8 = 128 + 9;
+
+/// See the module.
+pub struct Running {
+    process: ProcessId,
+    agent: Agent,
+    streams: Streams,
+    vm: VmUp,
+}
+
+/// How the container's end was come to.
+enum Outcome {
+    /// The agent reported it.
+    Process(ProcessEnd),
+    /// It was not waited for any longer.
+    GivenUp,
+}
+
+impl Running {
+    pub(super) fn new(process: ProcessId, agent: Agent, streams: Streams, vm: VmUp) -> Self {
+        Self { process, agent, streams, vm }
+    }
+
+    /// Tells the container's terminal its size.
+    pub(super) fn resize(&self, columns: u16, rows: u16) {
+        let (agent, process) = (self.agent.clone(), self.process.clone());
+        tokio::spawn(async move {
+            if let Err(error) = agent.resize(&process, columns, rows).await {
+                log::debug!("{error}");
+            }
+        });
+    }
+
+    fn signal(&self, signal: i32, all: bool) {
+        let (agent, process) = (self.agent.clone(), self.process.clone());
+        tokio::spawn(async move {
+            if let Err(error) = agent.signal(&process, signal, all).await {
+                log::warn!("signal {signal} was not passed on: {error}");
+            }
+        });
+    }
+
+    /// Serves requests until the container ends, then takes everything down but what the answer
+    /// carries.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a process of the sandbox ends before the container does.
+    pub async fn supervise(
+        mut self,
+        requests: mpsc::Receiver<Request>,
+    ) -> Result<(Ended, HostResources), SandboxError> {
+        if self.vm.base.settings.measure {
+            self.measure().await;
+        }
+        let outcome = self.until_end(requests).await?;
+        let Self { process, agent, streams, mut vm } = self;
+        vm.base.timeline.mark("program ended");
+        let code = match outcome {
+            Outcome::GivenUp => KILLED,
+            Outcome::Process(end) => {
+                let drained = async {
+                    streams.finish(DRAINED_WITHIN).await;
+                    Ok::<(), SandboxError>(())
+                };
+                vm.guarded(drained).await?;
+                shut_down(&vm, &agent, &process).await;
+                if end.out_of_memory && end.code == KILLED {
+                    RunExit::OutOfMemory.into()
+                } else {
+                    end.code
+                }
+            }
+        };
+        let VmUp { vmm, backends, host, mut base } = vm;
+        drop(vmm);
+        drop(backends);
+        base.timeline.mark("guest gone");
+        Ok((Ended { code, timeline: base.timeline }, host))
+    }
+
+    async fn until_end(
+        &self,
+        mut requests: mpsc::Receiver<Request>,
+    ) -> Result<Outcome, SandboxError> {
+        let wait = self.vm.guarded(self.agent.wait(&self.process));
+        tokio::pin!(wait);
+        let mut patience = Patience::Calm;
+        let mut given_up_at = None;
+        loop {
+            let reaction = tokio::select! {
+                end = &mut wait => return end.map(Outcome::Process),
+                Some(request) = requests.recv() => match request {
+                    Request::Resize { columns, rows } => {
+                        self.resize(columns, rows);
+                        continue;
+                    }
+                    Request::Signal(signal) => {
+                        let reaction;
+                        (patience, reaction) = patience.on_signal(signal, Instant::now().into());
+                        reaction
+                    }
+                },
+                () = at(patience.deadline().map(Instant::from)) => {
+                    let reaction;
+                    (patience, reaction) = patience.on_deadline();
+                    reaction
+                }
+                () = at(given_up_at) => return Ok(Outcome::GivenUp),
+            };
+            match reaction {
+                Reaction::Forward(signal) => self.signal(signal, false),
+                Reaction::Kill => {
+                    log::info!("ends the container by force");
+                    self.signal(libc::SIGKILL, true);
+                    given_up_at = Some(Instant::now() + KILLED_WITHIN);
+                }
+                Reaction::TearDown => return Ok(Outcome::GivenUp),
+            }
+        }
+    }
+
+    async fn measure(&mut self) {
+        match self.vm.vmm.status(STATUS_WITHIN).await {
+            Ok(status) => {
+                let timeline = &mut self.vm.base.timeline;
+                timeline.mark_at("VMM's main began", status.timing.started_ns);
+                timeline.mark_at("vCPUs ran first", status.timing.first_run_ns);
+                let exits = status.exits;
+                timeline.note(format!(
+                    "exits to user space: {} port reads, {} port writes, {} MMIO reads, {} MMIO \
+                     writes, {} others",
+                    exits.pio_reads,
+                    exits.pio_writes,
+                    exits.mmio_reads,
+                    exits.mmio_writes,
+                    exits.others
+                ));
+            }
+            Err(error) => log::warn!("no figures from the VMM: {error}"),
+        }
+    }
+}
+
+/// Resolves at `deadline`, or never.
+async fn at(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => future::pending().await,
+    }
+}
+
+/// Lets the guest end in order; if it does not, it is ended anyway.
+async fn shut_down(vm: &VmUp, agent: &Agent, process: &ProcessId) {
+    if let Err(error) = agent.delete(process).await {
+        log::debug!("{error}");
+    }
+    if let Err(error) = agent.shutdown(SHUTDOWN_WITHIN).await {
+        log::warn!("the guest is ended without its consent: {error}");
+        return;
+    }
+    match vm.vmm.child().ended_within(OFF_WITHIN).await {
+        Some(end) => log::debug!("nacre-vmm {end}"),
+        None => log::debug!("the guest does not power off: it is ended"),
+    }
+    vm.backends.stop(OFF_WITHIN).await;
+}

@@ -1,0 +1,219 @@
+//! The VMM: started with the guest's devices handed in, asked through its control socket, and
+//! listened to where the guest's kernel prints.
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
+
+use nacre_proto::{
+    exit::VmmExit,
+    vmm::{self, Command, MessageError, Outcome, Reply, Request, Status},
+};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
+};
+use tokio::{
+    io::{AsyncReadExt, unix::AsyncFd},
+    net::unix::pipe,
+    sync::watch,
+    task::JoinSet,
+    time::timeout,
+};
+
+use crate::{
+    backends::{Surroundings, VmmEnd},
+    cgroup::CgroupError,
+    child::{Child, ChildError, End},
+    log_file::{self, CappedFile},
+    plan::SandboxPlan,
+    sys,
+};
+
+/// How much of what the guest's kernel prints is kept, in bytes; once more before that.
+const CONSOLE_BYTES: u64 = 1 << 20;
+/// One request is outstanding at a time, so one id will do.
+const REQUEST_ID: u64 = 1;
+
+/// Why there is no VMM.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// It can't be started.
+    #[error(transparent)]
+    Child(#[from] ChildError),
+    /// It can't be put into the host's cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// What it is to be started with can't be made.
+    #[error("nacre-vmm: no {what} for it")]
+    Prepare {
+        /// What is missing.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// It can't be asked.
+    #[error("nacre-vmm does not answer")]
+    Control(#[source] io::Error),
+    /// It answers nonsense.
+    #[error("nacre-vmm's answer is malformed")]
+    Answer(#[from] MessageError),
+    /// It refuses.
+    #[error("nacre-vmm refuses: {0}")]
+    Refused(String),
+}
+
+/// A running VMM. Dropping it ends it.
+#[derive(Debug)]
+pub struct Vmm {
+    child: Child,
+    control: AsyncFd<OwnedFd>,
+    console_bytes: watch::Receiver<u64>,
+    // Aborted with the VMM.
+    _console: JoinSet<()>,
+    started: Instant,
+}
+
+impl Vmm {
+    /// Starts the VMM of `plan` on the backends' sockets.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it can't be started.
+    pub fn start(
+        plan: &SandboxPlan,
+        surroundings: Surroundings<'_>,
+        devices: Vec<VmmEnd>,
+    ) -> Result<Self, VmmError> {
+        let prepare = |what| move |source: io::Error| VmmError::Prepare { what, source };
+        let (console, console_in_child) = io::pipe().map_err(prepare("pipe"))?;
+        let (control, control_in_child) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .map_err(|error| prepare("socket")(error.into()))?;
+        let mut launch = surroundings.launch("nacre-vmm", "nacre-vmm")?;
+        let serial = launch.hand_in(console_in_child.into());
+        let control_number = launch.hand_in(control_in_child);
+        let mut words = vec![
+            "--cpus".to_owned(),
+            plan.config.cpus.to_string(),
+            "--memory".to_owned(),
+            plan.config.memory.to_string(),
+            "--cmdline".to_owned(),
+            plan.command_line.clone(),
+            "--serial".to_owned(),
+            format!("fd={serial}"),
+            "--on-reset".to_owned(),
+            "exit".to_owned(),
+            "--control-fd".to_owned(),
+            control_number.to_string(),
+        ];
+        for VmmEnd { id, kind, socket } in devices {
+            let number = launch.hand_in(socket);
+            words.extend(["--vhost-user".to_owned(), format!("id={id},fd={number},type={kind}")]);
+        }
+        let launch = launch
+            .args([
+                "--kernel".into(),
+                plan.config.kernel.as_os_str().to_owned(),
+                "--initramfs".into(),
+                plan.config.initramfs.as_os_str().to_owned(),
+            ])
+            .args(words);
+        let file = CappedFile::create(surroundings.files.console(), CONSOLE_BYTES)
+            .map_err(prepare("console log"))?;
+        let console = pipe::Receiver::from_owned_fd(console.into()).map_err(prepare("console"))?;
+        rustix::io::ioctl_fionbio(&control, true)
+            .map_err(|error| prepare("control socket")(error.into()))?;
+        let control = sys::watch_readable(control).map_err(prepare("control socket"))?;
+        let child = launch.start(&surroundings.files.child_log("vmm"))?;
+        let (sender, console_bytes) = watch::channel(0);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(listen(console, file, sender));
+        Ok(Self { child, control, console_bytes, _console: tasks, started: Instant::now() })
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn child(&self) -> &Child {
+        &self.child
+    }
+
+    /// When it was started.
+    #[must_use]
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// How much the guest's kernel has printed so far.
+    #[must_use]
+    pub fn console(&self) -> watch::Receiver<u64> {
+        self.console_bytes.clone()
+    }
+
+    /// How the VM is, if the VMM tells within `limit`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not.
+    pub async fn status(&self, limit: Duration) -> Result<Status, VmmError> {
+        let elapsed = |_elapsed| VmmError::Control(io::ErrorKind::TimedOut.into());
+        match timeout(limit, self.ask(Command::Status)).await.map_err(elapsed)?? {
+            Outcome::Status(status) => Ok(status),
+            Outcome::Refused(why) => Err(VmmError::Refused(log_file::printable(&why))),
+            Outcome::Done => Err(VmmError::Refused("no status".to_owned())),
+        }
+    }
+
+    async fn ask(&self, command: Command) -> Result<Outcome, VmmError> {
+        let request = vmm::encode(&Request { id: REQUEST_ID, command })?;
+        send(&self.control, &request, SendFlags::NOSIGNAL)
+            .map_err(|error| VmmError::Control(error.into()))?;
+        let mut buffer = vec![0; vmm::MAX_BYTES];
+        loop {
+            let mut guard = self.control.readable().await.map_err(VmmError::Control)?;
+            let received = guard.try_io(|socket| {
+                let (len, _) = recv(socket, buffer.as_mut_slice(), RecvFlags::empty())?;
+                Ok(len)
+            });
+            // An error means that it was not readable after all.
+            let Ok(received) = received else { continue };
+            let len = received.map_err(VmmError::Control)?;
+            if len == 0 {
+                return Err(VmmError::Control(io::ErrorKind::UnexpectedEof.into()));
+            }
+            let reply: Reply = vmm::decode(&buffer[..len])?;
+            if reply.id == REQUEST_ID {
+                return Ok(reply.outcome);
+            }
+        }
+    }
+}
+
+/// What the VMM's exit code means; `None` if it did not exit in a way that it knows.
+#[must_use]
+pub fn meaning(end: End) -> Option<VmmExit> {
+    match end {
+        End::Code(code) => VmmExit::from_code(code),
+        End::Signal(_) => None,
+    }
+}
+
+async fn listen(mut console: pipe::Receiver, mut file: CappedFile, bytes: watch::Sender<u64>) {
+    let mut buffer = vec![0; 16 << 10];
+    loop {
+        match console.read(&mut buffer).await {
+            Ok(0) => return,
+            Ok(read) => {
+                if let Err(error) = file.append(&buffer[..read]) {
+                    log::debug!("the guest's console is not kept: {error}");
+                }
+                bytes.send_modify(|bytes| *bytes += u64::try_from(read).unwrap_or(1));
+            }
+            Err(error) => {
+                log::debug!("the guest's console breaks: {error}");
+                return;
+            }
+        }
+    }
+}
