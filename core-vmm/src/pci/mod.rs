@@ -23,6 +23,8 @@ pub mod config_space;
 mod host_bridge;
 pub mod msix;
 pub mod slot;
+#[cfg(test)]
+mod tests;
 
 pub use bar::{AddressRange, BarIndex, BarSpec, BarWidth};
 pub use bus::{PciBus, PciError, PciWindows};

@@ -168,6 +168,8 @@ mod tests {
 
     use super::*;
 
+    fn unheeded(_effect: MsixEffect) {}
+
     fn table_u32(msix: &Msix, offset: u64) -> u32 {
         let mut data = [0; 4];
         msix.read_table(offset, &mut data);
@@ -192,14 +194,14 @@ mod tests {
     #[test]
     fn a_vector_fires_only_if_enabled_and_unmasked_twice() {
         let mut msix = Msix::new(1);
-        let _ = msix.write_table(0, &0x1234_fee0_1003_u64.to_le_bytes());
-        let _ = msix.write_table(8, &0x41_u64.to_le_bytes());
+        unheeded(msix.write_table(0, &0x1234_fee0_1003_u64.to_le_bytes()));
+        unheeded(msix.write_table(8, &0x41_u64.to_le_bytes()));
         assert_eq!(msix.message(0), None);
-        let _ = msix.set_control(ENABLE | FUNCTION_MASK);
+        unheeded(msix.set_control(ENABLE | FUNCTION_MASK));
         assert_eq!(msix.message(0), None);
-        let _ = msix.set_control(ENABLE);
+        unheeded(msix.set_control(ENABLE));
         assert_eq!(msix.message(0), Some(MsiMessage { address: 0x1234_fee0_1000, data: 0x41 }));
-        let _ = msix.write_table(12, &1_u32.to_le_bytes());
+        unheeded(msix.write_table(12, &1_u32.to_le_bytes()));
         assert_eq!(msix.message(0), None);
     }
 
@@ -215,8 +217,8 @@ mod tests {
     #[test]
     fn pending_bits_are_those_of_vectors_that_may_not_fire() {
         let mut msix = Msix::new(10);
-        let _ = msix.set_control(ENABLE);
-        let _ = msix.write_table(3 * 16 + 12, &[0; 4]);
+        unheeded(msix.set_control(ENABLE));
+        unheeded(msix.write_table(3 * 16 + 12, &[0; 4]));
         let mut pending = [0xff; 8];
         msix.read_pending(0, &mut pending, |vector| matches!(vector, 1 | 3 | 9));
         assert_eq!(pending, [2, 2, 0, 0, 0, 0, 0, 0]);
@@ -232,8 +234,8 @@ mod tests {
             let mut msix = Msix::new(5);
             for (offset, bytes, control) in accesses {
                 let offset = if control & 1 == 0 { offset % 128 } else { offset };
-                let _ = msix.write_table(offset, &bytes);
-                let _ = msix.set_control(control);
+                unheeded(msix.write_table(offset, &bytes));
+                unheeded(msix.set_control(control));
                 let mut data = bytes.clone();
                 msix.read_table(offset, &mut data);
                 msix.read_pending(offset, &mut data, |_vector| true);

@@ -206,12 +206,14 @@ impl VirtioDevice {
         }
     }
 
-    /// The connection is over: its socket is closed, which takes it out of the epoll instance.
+    /// The connection is over. Closing it is not enough to be rid of its events: other processes
+    /// may hold the same descriptors.
     fn lose(&mut self, lost: Lost) {
         log::error!("{}: lost its backend: {}", self.name, error_chain(&lost.error));
-        // A process that still holds the other end could keep the control thread busy with it.
-        if let Err(error) = epoll::delete(&self.ready, descriptor(&lost.kept.error_event)) {
-            log::warn!("{}: cannot stop looking at the error eventfd: {error}", self.name);
+        for fd in [lost.as_fd(), descriptor(&lost.kept.error_event)] {
+            if let Err(error) = epoll::delete(&self.ready, fd) {
+                log::warn!("{}: cannot stop watching a descriptor: {error}", self.name);
+            }
         }
         self.backend = Some(Backend::Lost(lost.kept));
         self.function.needs_reset();

@@ -23,6 +23,8 @@ pub struct Lost {
     pub kept: Box<Kept>,
     /// Why it is over.
     pub error: FrontendError,
+    /// Closed when this is dropped; until then it can be taken out of where it is watched.
+    link: Link,
 }
 
 /// Why a backend did not start.
@@ -67,7 +69,7 @@ impl Negotiated {
     /// Gives the connection up.
     #[must_use]
     pub fn give_up(self, error: FrontendError) -> Lost {
-        Lost { kept: self.kept, error }
+        Lost { kept: self.kept, error, link: self.link }
     }
 
     /// The driver is ready: hands memory and rings to the backend.
@@ -136,7 +138,7 @@ impl Running {
     /// Gives the connection up.
     #[must_use]
     pub fn give_up(self, error: FrontendError) -> Lost {
-        Lost { kept: self.kept, error }
+        Lost { kept: self.kept, error, link: self.link }
     }
 
     /// The driver resets the device: ends what is in flight and stops the rings. The connection
@@ -287,6 +289,12 @@ fn stop(frontend: &mut Frontend, kept: &mut Kept) -> vhost::Result<()> {
         acknowledged(frontend, kept, VhostUserFrontend::reset_device)?;
     }
     Ok(())
+}
+
+impl AsFd for Lost {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.link.as_fd()
+    }
 }
 
 impl AsFd for Negotiated {
