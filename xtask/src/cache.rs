@@ -11,9 +11,12 @@ use std::env;
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The variable that moves the cache folder.
 pub const CACHE_VARIABLE: &str = "NACRE_CACHE";
+
+const PRUNE_AGE: Duration = Duration::from_secs(24 * 3600);
 
 /// The cache folder of this user.
 #[derive(Debug, Clone)]
@@ -32,17 +35,17 @@ impl Cache {
             .or_else(|| from_env("XDG_CACHE_HOME").map(|dir| dir.join("nacre")))
             .or_else(|| from_env("HOME").map(|dir| dir.join(".cache/nacre")));
         let Some(root) = root else { bail!("no cache folder: set {CACHE_VARIABLE} or HOME") };
-        Self::at(root)
+        Self::at(&root)
     }
 
     /// Opens the cache in the given folder, which is made when it is missing.
     ///
     /// # Errors
     /// The folder cannot be made.
-    pub fn at(root: PathBuf) -> Result<Self> {
-        fs::create_dir_all(&root)
+    pub fn at(root: &Path) -> Result<Self> {
+        fs::create_dir_all(root)
             .with_context(|| format!("cannot make the cache folder {}", root.display()))?;
-        let root = fs::canonicalize(&root)
+        let root = fs::canonicalize(root)
             .with_context(|| format!("cannot resolve the cache folder {}", root.display()))?;
         Ok(Self { root })
     }
@@ -102,6 +105,22 @@ impl Cache {
             .with_context(|| format!("cannot put {} in its place", path.display()))?;
         Ok(path)
     }
+
+    /// Removes the entries whose name starts like this and that were made more than a day ago,
+    /// except this one: what is made again at every change must not pile up.
+    pub fn prune(&self, start: &str, except: &Path) {
+        let Ok(entries) = fs::read_dir(&self.root) else { return };
+        for entry in entries.flatten() {
+            let made = entry.metadata().and_then(|meta| meta.modified());
+            let age = made.ok().and_then(|made| made.elapsed().ok());
+            let is_old = age.is_some_and(|age| age > PRUNE_AGE);
+            let named = entry.file_name().to_string_lossy().starts_with(start);
+            if named && is_old && entry.path() != except {
+                // Left for the next time if it cannot be removed now.
+                remove_any(&entry.path()).unwrap_or_default();
+            }
+        }
+    }
 }
 
 /// A short name for content: equal for equal parts, different for different ones.
@@ -133,7 +152,7 @@ mod tests {
     #[test]
     fn an_entry_is_made_once() {
         let dir = tempfile::tempdir().unwrap();
-        let cache = Cache::at(dir.path().join("cache")).unwrap();
+        let cache = Cache::at(&dir.path().join("cache")).unwrap();
         let first = cache.entry("x", "making x", |path| Ok(fs::write(path, "1")?)).unwrap();
         let again = cache.entry("x", "making x", |_| panic!("made twice")).unwrap();
         assert_eq!(first, again);
@@ -143,7 +162,7 @@ mod tests {
     #[test]
     fn a_failed_entry_is_not_there_and_can_be_made_later() {
         let dir = tempfile::tempdir().unwrap();
-        let cache = Cache::at(dir.path().to_path_buf()).unwrap();
+        let cache = Cache::at(dir.path()).unwrap();
         let failed = cache.entry("x", "making x", |path| {
             fs::create_dir(path)?;
             bail!("half made")

@@ -8,6 +8,7 @@ use xtask::host::command::{HostArguments, SERVE_TASK, ServeArguments};
 use xtask::packages::kernel::Kernel;
 use xtask::packages::tree::Tree;
 use xtask::report::say;
+use xtask::run::{NacreArguments, RunArguments, SETUP_FAILED};
 
 #[derive(Debug, Parser)]
 #[command(name = "xtask", about = "Nacre's development tasks")]
@@ -22,6 +23,10 @@ enum Task {
     Packages,
     /// Runs a command on the KVM host, which is this machine or an emulated one
     Host(HostArguments),
+    /// Runs a container in a sandbox
+    Run(RunArguments),
+    /// Runs another command of nacre: ps, exec, logs, stop, rm
+    Nacre(NacreArguments),
     #[command(name = SERVE_TASK, hide = true)]
     HostServe(ServeArguments),
     #[command(name = executor::TASK, hide = true)]
@@ -29,11 +34,16 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    match run(Arguments::parse().task) {
+    let task = Arguments::parse().task;
+    let failure = match task {
+        Task::Run(_) | Task::Nacre(_) => ExitCode::from(SETUP_FAILED),
+        _ => ExitCode::FAILURE,
+    };
+    match run(task) {
         Ok(code) => code,
         Err(error) => {
             say(&format!("error: {error:#}"));
-            ExitCode::FAILURE
+            failure
         }
     }
 }
@@ -48,6 +58,8 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Task::Host(arguments) => arguments.run(),
+        Task::Run(arguments) => arguments.run(),
+        Task::Nacre(arguments) => arguments.run(),
         Task::HostServe(arguments) => arguments.run(),
         Task::InHost => executor::run().map(|()| ExitCode::SUCCESS),
     }

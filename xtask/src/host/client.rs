@@ -58,15 +58,7 @@ impl Client {
             .context("cannot listen to signals")?;
         let writer = Arc::clone(&self.writer);
         thread::spawn(move || {
-            for number in &mut signals {
-                let frame = if number == SIGWINCH {
-                    let Some(size) = terminal_size() else { continue };
-                    Frame::Resize(size)
-                } else {
-                    // A terminal signals the whole group in front.
-                    let group = matches!(number, SIGINT | SIGQUIT);
-                    Frame::Signal { number, group }
-                };
+            for frame in signals.forever().filter_map(frame_of_signal) {
                 if send(&writer, &frame).is_err() {
                     return;
                 }
@@ -109,6 +101,14 @@ impl Client {
             }
         }
     }
+}
+
+fn frame_of_signal(number: i32) -> Option<Frame> {
+    if number == SIGWINCH {
+        return terminal_size().map(Frame::Resize);
+    }
+    // A terminal signals the whole group in front.
+    Some(Frame::Signal { number, group: matches!(number, SIGINT | SIGQUIT) })
 }
 
 /// The size of our terminal, if standard input is one.

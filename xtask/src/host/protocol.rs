@@ -80,9 +80,10 @@ pub enum Stream {
 /// What one frame says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Frame {
-    /// The host is up; it took this long.
+    /// The host is up.
     Hello {
-        /// Milliseconds from QEMU's start.
+        /// Milliseconds from QEMU's start as the server counts them; from the kernel's, as sent
+        /// by the executor.
         boot_ms: u32,
     },
     /// The host still lives.

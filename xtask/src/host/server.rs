@@ -38,7 +38,7 @@ pub enum Clients {
 }
 
 enum Event {
-    HostUp { boot_ms: u32 },
+    HostUp,
     HostStopped,
     PortEnded(String),
     ClientCame,
@@ -86,15 +86,17 @@ fn watch(
     clients: Clients,
     (happened, progress): (&Receiver<Event>, &Progress),
 ) -> Result<()> {
+    let started = Instant::now();
     let private = matches!(clients, Clients::One(_));
     let mut waiting = Some(clients);
     let mut count = 0_usize;
     let mut idle_since = Instant::now();
     loop {
         match happened.recv_timeout(LOOK_EVERY) {
-            Ok(Event::HostUp { boot_ms }) => {
+            Ok(Event::HostUp) => {
+                let boot_ms = u32::try_from(started.elapsed().as_millis()).unwrap_or(u32::MAX);
                 if let Some(clients) = waiting.take() {
-                    router.admit(clients, boot_ms)?;
+                    router.admit(clients, boot_ms);
                 }
             }
             Ok(Event::ClientCame) => count += 1,
@@ -154,7 +156,7 @@ impl Router {
             };
             progress.made();
             match frame {
-                Frame::Hello { boot_ms } => self.tell(Event::HostUp { boot_ms }),
+                Frame::Hello { .. } => self.tell(Event::HostUp),
                 Frame::Stop => self.tell(Event::HostStopped),
                 frame => {
                     let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
@@ -168,23 +170,24 @@ impl Router {
     }
 
     /// Serves the clients from now on, in threads of their own.
-    fn admit(self: &Arc<Self>, clients: Clients, boot_ms: u32) -> Result<()> {
+    fn admit(self: &Arc<Self>, clients: Clients, boot_ms: u32) {
         let router = Arc::clone(self);
         match clients {
             Clients::One(client) => {
                 thread::spawn(move || router.serve_client(NO_JOB + 1, &client, boot_ms));
             }
             Clients::Many(listener) => {
-                thread::spawn(move || {
-                    for (job, client) in (NO_JOB + 1..).zip(listener.incoming()) {
-                        let Ok(client) = client else { return };
-                        let router = Arc::clone(&router);
-                        thread::spawn(move || router.serve_client(job, &client, boot_ms));
-                    }
-                });
+                thread::spawn(move || router.accept(&listener, boot_ms));
             }
         }
-        Ok(())
+    }
+
+    fn accept(self: &Arc<Self>, listener: &UnixListener, boot_ms: u32) {
+        for (job, client) in (NO_JOB + 1..).zip(listener.incoming()) {
+            let Ok(client) = client else { return };
+            let router = Arc::clone(self);
+            thread::spawn(move || router.serve_client(job, &client, boot_ms));
+        }
     }
 
     fn serve_client(&self, job: u32, client: &UnixStream, boot_ms: u32) {

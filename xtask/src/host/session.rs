@@ -6,6 +6,7 @@ use super::machine::Parts;
 use super::places::place;
 use super::protocol::{Ending, JobSpec, VERSION};
 use crate::cache::Cache;
+use crate::programs::workspace;
 use crate::sys::leads_session;
 use anyhow::{Context, Result, bail};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
@@ -13,7 +14,7 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio, id};
 use std::{env, thread};
 
@@ -203,9 +204,7 @@ pub fn job(argv: &[String], paths: &[PathBuf]) -> Result<JobSpec> {
         resolved.with_context(|| format!("cannot share {}", path.display()))?;
         binds.extend(place(&path).bind);
     }
-    if let Some(workspace) = Path::new(env!("CARGO_MANIFEST_DIR")).parent() {
-        binds.extend(place(workspace).bind.filter(|path| path.exists()));
-    }
+    binds.extend(place(workspace()?).bind.filter(|path| path.exists()));
     binds.sort();
     binds.dedup();
     spec.binds = binds;

@@ -1,0 +1,127 @@
+//! `cargo xtask run`: builds everything, prepares the guest, and runs `nacre` on the KVM host.
+//!
+//! `cargo xtask nacre` does the same for the other commands of `nacre`.
+
+mod arguments;
+
+use crate::cache::Cache;
+use crate::guest_image::{GuestImage, busybox_rootfs};
+use crate::host::{Emulated, Host, job};
+use crate::programs::Programs;
+use crate::report::say;
+use anyhow::{Context, Result};
+use arguments::{Mapping, map_run};
+use clap::Args;
+use rustix::termios::isatty;
+use std::env;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+/// As `nacre run` ends when it fails before the container runs.
+pub const SETUP_FAILED: u8 = 125;
+
+/// Arguments of `cargo xtask run`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Everything is passed to `nacre run`; without --rootfs and --image the container's root file system
+is one of busybox. Paths may be relative. Examples:
+  cargo xtask run -- echo hello
+  cargo xtask run -it -- sh
+  cargo xtask run --cpus 2 --memory 1G --net -v ./data:/data:ro -e A=1 -- ls /data
+  cargo xtask run --name web --detach -- httpd -f     # keeps an emulated host up
+  cargo xtask nacre -- exec web ps
+  cargo xtask nacre -- run --help                     # all options")]
+pub struct RunArguments {
+    /// Options of `nacre run`, then the command
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS -- COMMAND")]
+    argv: Vec<String>,
+}
+
+/// Arguments of `cargo xtask nacre`.
+#[derive(Debug, Args)]
+pub struct NacreArguments {
+    /// A command of `nacre` and its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    argv: Vec<String>,
+}
+
+/// What stands before the command line of `nacre`, whatever the host.
+struct Prepared {
+    nacre: String,
+    env: Vec<(String, String)>,
+    /// What must be reachable in the host.
+    paths: Vec<PathBuf>,
+}
+
+impl RunArguments {
+    /// Runs `nacre run`.
+    ///
+    /// # Errors
+    /// Something cannot be built or prepared, or the host cannot be used.
+    pub fn run(self) -> Result<ExitCode> {
+        let argv = [vec!["run".to_owned()], self.argv].concat();
+        NacreArguments { argv }.run()
+    }
+}
+
+impl NacreArguments {
+    /// Runs `nacre` with these arguments.
+    ///
+    /// # Errors
+    /// Something cannot be built or prepared, or the host cannot be used.
+    pub fn run(self) -> Result<ExitCode> {
+        let cache = Cache::open()?;
+        let programs = Programs::build()?;
+        let guest = GuestImage::prepare(&cache, &programs.agent)?;
+        let mut mapping = Mapping { arguments: self.argv, ..Mapping::default() };
+        if let Some((command, rest)) = mapping.arguments.split_first()
+            && command == "run"
+        {
+            mapping = map_run(rest, |name| env::var(name).ok())?;
+            if !mapping.has_root {
+                let rootfs = busybox_rootfs(&cache)?;
+                mapping.arguments.insert(0, "--rootfs".to_owned());
+                mapping.arguments.insert(1, text(&rootfs)?);
+                mapping.paths.push(rootfs);
+            }
+            mapping.arguments.insert(0, "run".to_owned());
+        }
+        let prepared = prepare(&programs, &guest)?;
+        let host = Host::choose(&cache)?;
+        say(&host.describe());
+        match host {
+            Host::Direct => {
+                let mut command = Command::new(&prepared.nacre);
+                let error = command.args(&mapping.arguments).envs(prepared.env).exec();
+                Err(error).with_context(|| format!("cannot run {}", prepared.nacre))
+            }
+            Host::Emulated(emulated, _) => run_emulated(&emulated, prepared, mapping),
+        }
+    }
+}
+
+fn prepare(programs: &Programs, guest: &GuestImage) -> Result<Prepared> {
+    let env = vec![
+        ("NACRE_KERNEL".to_owned(), text(&guest.kernel)?),
+        ("NACRE_INITRAMFS".to_owned(), text(&guest.initramfs)?),
+    ];
+    let paths = vec![programs.folder.clone(), guest.kernel.clone(), guest.initramfs.clone()];
+    Ok(Prepared { nacre: text(&programs.folder.join("nacre"))?, env, paths })
+}
+
+fn run_emulated(emulated: &Emulated, prepared: Prepared, mapping: Mapping) -> Result<ExitCode> {
+    if mapping.detached {
+        emulated.up()?;
+    }
+    let argv = [vec![prepared.nacre], mapping.arguments].concat();
+    let mut spec = job(&argv, &[prepared.paths, mapping.paths].concat())?;
+    spec.env.extend(prepared.env);
+    let terminal = mapping.terminal && isatty(rustix::stdio::stdin());
+    let ending = emulated.session()?.run(spec, terminal)?;
+    Ok(ExitCode::from(ending.code()))
+}
+
+fn text(path: &std::path::Path) -> Result<String> {
+    path.to_str().map(str::to_owned).with_context(|| format!("{} is not text", path.display()))
+}
