@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use backend_daemon::process::{BuildError, DaemonArgs, inherited_fd};
 
-use crate::device::BlockDevice;
-use crate::disk::{Disk, Mode};
+use crate::device::{BlockDevice, Setup};
+use crate::disk::{Disk, DiskError, Mode};
 
 /// Serves a raw disk image or a block device to one guest.
 #[derive(Debug, clap::Parser)]
@@ -30,6 +30,9 @@ pub struct Args {
     /// Bypass the host's page cache
     #[arg(long)]
     direct: bool,
+    /// How to reach the disk
+    #[arg(long, value_enum, value_name = "ENGINE", default_value_t = EngineChoice::Auto)]
+    engine: EngineChoice,
     /// How many queues to offer, each with a thread of its own
     #[arg(long, value_name = "N", default_value_t = 1,
         value_parser = clap::value_parser!(u16).range(1..=64))]
@@ -43,6 +46,15 @@ pub struct Args {
     /// What all backends have in common.
     #[command(flatten)]
     pub daemon: DaemonArgs,
+}
+
+/// How requests reach the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum EngineChoice {
+    /// By io_uring where the host allows it, else by blocking system calls
+    Auto,
+    /// By blocking system calls, one request of a queue after the other
+    Blocking,
 }
 
 /// The longest serial number: `VIRTIO_BLK_ID_BYTES`.
@@ -59,14 +71,20 @@ impl Args {
         let disk = match (&self.disk, self.disk_fd) {
             (Some(path), _) => Disk::open(path, mode),
             (None, Some(number)) => inherited_fd(number)
-                .map_err(|source| crate::disk::DiskError::Descriptor { number, source })
+                .map_err(|source| DiskError::Descriptor { number, source })
                 .and_then(|fd| Disk::adopt(File::from(fd), &format!("descriptor {number}"), mode)),
             (None, None) => return Err(BuildError::Usage("no disk was given".to_owned())),
         };
         let disk = disk.map_err(BuildError::resource)?;
         let mut serial = [0; SERIAL_BYTES];
         serial[..self.serial.len()].copy_from_slice(self.serial.as_bytes());
-        Ok(BlockDevice::new(disk, serial, self.num_queues, self.queue_size))
+        let setup = Setup {
+            serial,
+            queues: self.num_queues,
+            queue_size: self.queue_size,
+            engine: self.engine,
+        };
+        Ok(BlockDevice::new(disk, setup))
     }
 }
 

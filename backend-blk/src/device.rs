@@ -14,6 +14,7 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
+use crate::args::EngineChoice;
 use crate::blocking::Blocking;
 use crate::disk::Disk;
 use crate::job::Job;
@@ -27,22 +28,44 @@ const PHYSICAL_BLOCK_BYTES: u64 = 4096;
 /// The worker's one source.
 const ENDED: Token = Token(0);
 
+/// How a disk is offered.
+pub(crate) struct Setup {
+    /// Padded with zeroes.
+    pub(crate) serial: [u8; 20],
+    pub(crate) queues: u16,
+    /// A power of two, of at least 4.
+    pub(crate) queue_size: u16,
+    pub(crate) engine: EngineChoice,
+}
+
 /// A disk as a virtio device.
 pub struct BlockDevice {
     disk: Arc<Disk>,
-    serial: [u8; 20],
-    queues: u16,
-    queue_size: u16,
+    setup: Setup,
 }
 
 impl BlockDevice {
-    pub(crate) fn new(disk: Disk, serial: [u8; 20], queues: u16, queue_size: u16) -> Self {
-        Self { disk: Arc::new(disk), serial, queues, queue_size }
+    pub(crate) fn new(disk: Disk, setup: Setup) -> Self {
+        Self { disk: Arc::new(disk), setup }
+    }
+
+    /// An engine for one queue; says once if it can't be the good one.
+    fn engine(&self, say: bool) -> Engine {
+        if self.setup.engine == EngineChoice::Auto {
+            match Uring::new(&self.disk, self.setup.queue_size) {
+                Ok(uring) => return Engine::Uring(Box::new(uring)),
+                Err(error) if say => {
+                    log::warn!("no io_uring, requests run one after the other: {error}");
+                }
+                Err(_) => {}
+            }
+        }
+        Engine::Blocking(Blocking::new(Arc::clone(&self.disk)))
     }
 
     /// How many buffers a request may have: the queue, but for header and status.
     fn seg_max(&self) -> u32 {
-        u32::from(self.queue_size - 2)
+        u32::from(self.setup.queue_size - 2)
     }
 }
 
@@ -54,11 +77,11 @@ impl Device for BlockDevice {
     }
 
     fn queue_count(&self) -> u16 {
-        self.queues
+        self.setup.queues
     }
 
     fn max_queue_size(&self) -> u16 {
-        self.queue_size
+        self.setup.queue_size
     }
 
     fn features(&self) -> u64 {
@@ -68,7 +91,7 @@ impl Device for BlockDevice {
             (VIRTIO_BLK_F_BLK_SIZE, true),
             (VIRTIO_BLK_F_FLUSH, true),
             (VIRTIO_BLK_F_TOPOLOGY, true),
-            (VIRTIO_BLK_F_MQ, self.queues > 1),
+            (VIRTIO_BLK_F_MQ, self.setup.queues > 1),
             (VIRTIO_BLK_F_RO, limits.read_only),
             (VIRTIO_BLK_F_DISCARD, limits.can_discard),
             (VIRTIO_BLK_F_WRITE_ZEROES, limits.can_zero),
@@ -94,7 +117,7 @@ impl Device for BlockDevice {
         config.extend(1_u16.to_le_bytes()); // min_io_size, in logical blocks
         config.extend(0_u32.to_le_bytes()); // opt_io_size: none
         config.extend([0, 0]); // writeback: not offered; unused
-        config.extend(self.queues.to_le_bytes());
+        config.extend(self.setup.queues.to_le_bytes());
         for (max_sectors, segments) in
             [(discard * MAX_RANGE_SECTORS, discard), (zero * MAX_RANGE_SECTORS, zero)]
         {
@@ -110,24 +133,16 @@ impl Device for BlockDevice {
     }
 
     fn groups(&self) -> Vec<Vec<QueueIndex>> {
-        (0..self.queues).map(|queue| vec![QueueIndex(queue)]).collect()
+        (0..self.setup.queues).map(|queue| vec![QueueIndex(queue)]).collect()
     }
 
     fn worker(&mut self, group: usize) -> Result<BlockWorker, DeviceError> {
         let disk = Arc::clone(&self.disk);
-        let engine = match Uring::new(&disk, self.queue_size) {
-            Ok(uring) => Engine::Uring(Box::new(uring)),
-            Err(error) => {
-                if group == 0 {
-                    log::warn!("no io_uring, requests run one after the other: {error}");
-                }
-                Engine::Blocking(Blocking::new(Arc::clone(&disk)))
-            }
-        };
+        let engine = self.engine(group == 0);
         let queue = QueueIndex(u16::try_from(group).unwrap_or(u16::MAX));
         Ok(BlockWorker {
             disk,
-            serial: self.serial,
+            serial: self.setup.serial,
             queue,
             engine,
             write_through: false,
@@ -327,7 +342,9 @@ mod tests {
     fn device(mode: Mode) -> BlockDevice {
         let file = tempfile::tempfile().unwrap();
         file.set_len(64 << 10).unwrap();
-        BlockDevice::new(Disk::adopt(file, "it", mode).unwrap(), [0; 20], 4, 128)
+        let disk = Disk::adopt(file, "it", mode).unwrap();
+        let engine = EngineChoice::Blocking;
+        BlockDevice::new(disk, Setup { serial: [0; 20], queues: 4, queue_size: 128, engine })
     }
 
     #[test]

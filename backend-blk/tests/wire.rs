@@ -78,17 +78,20 @@ fn pattern(seed: u64, len_bytes: usize) -> Vec<u8> {
     (0_u64..).step_by(8).flat_map(word).take(len_bytes).collect()
 }
 
-fn every_way_of_queueing() -> impl Iterator<Item = Options> {
-    [(false, false), (false, true), (true, false), (true, true)]
-        .into_iter()
-        .map(|(event_idx, indirect)| Options { event_idx, indirect, ..Options::default() })
+/// With and without the ring's two features, on each engine.
+fn every_way() -> impl Iterator<Item = (Options, &'static str)> {
+    let ways = [(false, false), (false, true), (true, false), (true, true)];
+    ways.into_iter().flat_map(|(event_idx, indirect)| {
+        let options = Options { event_idx, indirect, ..Options::default() };
+        [(options, "auto"), (options, "blocking")]
+    })
 }
 
 #[test]
 fn what_is_written_is_read_back_and_is_in_the_file() {
-    for options in every_way_of_queueing() {
+    for (options, engine) in every_way() {
         let disk = image();
-        let daemon = start(&disk, &[]);
+        let daemon = start(&disk, &["--engine", engine]);
         let mut driver = Driver::connect(&daemon.socket(), &options);
         let data = pattern(1, 64 << 10);
         assert_eq!(write(&mut driver, 0, 8, &data), OK, "{options:?}");
@@ -104,10 +107,10 @@ fn what_is_written_is_read_back_and_is_in_the_file() {
 
 #[test]
 fn many_requests_in_flight_are_each_answered_with_their_own_data() {
-    for options in every_way_of_queueing() {
+    for (options, engine) in every_way() {
         let options = Options { queue_size: 128, ..options };
         let disk = image();
-        let daemon = start(&disk, &["--queue-size", "128"]);
+        let daemon = start(&disk, &["--queue-size", "128", "--engine", engine]);
         let mut driver = Driver::connect(&daemon.socket(), &options);
         for round in 0..8 {
             let writes: Vec<Request> = (0..32)
@@ -211,8 +214,14 @@ fn the_serial_number_is_what_was_given() {
 
 #[test]
 fn discarded_and_zeroed_sectors_read_as_zeroes() {
+    for engine in ["auto", "blocking"] {
+        discard_and_zero(engine);
+    }
+}
+
+fn discard_and_zero(engine: &str) {
     let disk = image();
-    let daemon = start(&disk, &[]);
+    let daemon = start(&disk, &["--engine", engine]);
     let mut driver = Driver::connect(&daemon.socket(), &Options::default());
     let offered = |driver: &Driver, bit: u32| driver.features() & 1 << bit != 0;
     for (kind, bit, flags) in [(DISCARD, 13, 0), (WRITE_ZEROES, 14, 0), (WRITE_ZEROES, 14, 1)] {
@@ -365,10 +374,32 @@ fn bytes_that_are_no_message_end_the_connection_only() {
 }
 
 #[test]
-fn direct_io_copes_with_memory_that_is_not_aligned() {
+fn a_queue_stops_only_after_what_it_took_is_answered() {
     let disk = image();
     let daemon = start(&disk, &["--direct"]);
-    for misaligned_bytes in [0, 3] {
+    let mut driver = Driver::connect(&daemon.socket(), &Options::default());
+    let header = header(OUT, 0);
+    let data = pattern(1, 64 << 10);
+    let chain = [Buffer::Out(&header), Buffer::Out(&data), Buffer::In(1)];
+    let mut base = 0;
+    for _round in 0..20 {
+        let requests = [(); 16].map(|()| driver.submit(0, &chain));
+        let stopped_at = driver.stop_queue(0);
+        let taken = usize::from(stopped_at.wrapping_sub(base));
+        assert_eq!(driver.in_flight(0), 16 - taken, "taken, and neither answered nor left");
+        driver.start_queue(0, stopped_at);
+        for request in requests {
+            assert_eq!(driver.wait(0, request).bytes, [OK]);
+        }
+        base += 16;
+    }
+}
+
+#[test]
+fn direct_io_copes_with_memory_that_is_not_aligned() {
+    for (misaligned_bytes, engine) in [(0, "auto"), (3, "auto"), (0, "blocking"), (3, "blocking")] {
+        let disk = image();
+        let daemon = start(&disk, &["--direct", "--engine", engine]);
         let options = Options { misaligned_bytes, ..Options::default() };
         let mut driver = Driver::connect(&daemon.socket(), &options);
         let data = pattern(misaligned_bytes + 1, 600 << 10);

@@ -154,8 +154,10 @@ fn serve<D: Device>(
         let mut threads = Threads::new(Jail::new(policy)?)?;
         threads.start(device, workers, socket)?;
         if let Some(ready) = ready {
+            // Who connects from now on is served, if not at once.
             File::from(ready).write_all(b"ready\n").map_err(RunError::Ready)?;
         }
+        threads.serve()?;
         Ok(threads.wait(&signals))
     });
     if let Some(path) = path {

@@ -7,7 +7,7 @@
 //! ```no_run
 //! # use backend_daemon::testing::{Buffer, Daemon, Driver, Options};
 //! let daemon = Daemon::start(env!("CARGO"), &["--disk".as_ref(), "disk.img".as_ref()]);
-//! let mut driver = Driver::connect(daemon.socket(), &Options::default());
+//! let mut driver = Driver::connect(&daemon.socket(), &Options::default());
 //! let answer = driver.request(0, &[Buffer::Out(b"question"), Buffer::In(4)]);
 //! ```
 #![expect(

@@ -47,8 +47,8 @@ pub(super) enum ThreadsError {
 
 /// What a thread tells the main one.
 enum News {
-    /// It is in its jail and serves.
-    Serving,
+    /// It is in its jail.
+    Jailed,
     /// It could not get that far.
     Failed(ThreadsError),
     /// It ended; its fault has been logged.
@@ -80,6 +80,8 @@ pub(super) struct Threads {
     line: Line,
     jail: Arc<Jail>,
     started: usize,
+    /// Holds the protocol thread back, until it is sent something.
+    gate: Option<Sender<()>>,
 }
 
 /// The workers of a device, each with the thread that it will run on.
@@ -90,7 +92,7 @@ impl Threads {
         let (sender, news) = mpsc::channel();
         let bell = Arc::new(Doorbell::make()?);
         let line = Line { news: sender, bell: Arc::clone(&bell) };
-        Ok(Self { news, bell, line, jail: Arc::new(jail), started: 0 })
+        Ok(Self { news, bell, line, jail: Arc::new(jail), started: 0, gate: None })
     }
 
     /// Makes a device's workers; still outside the jail.
@@ -106,7 +108,8 @@ impl Threads {
         Ok(workers)
     }
 
-    /// Starts all threads and waits until each is in its jail.
+    /// Starts all threads and waits until each is in its jail, the calling one too. No frontend
+    /// is served yet: nothing that comes from outside is looked at before the jail is closed.
     pub(super) fn start<D: Device>(
         &mut self,
         device: D,
@@ -119,13 +122,16 @@ impl Threads {
         }
         let groups = device.groups();
         let session = Arc::new(Mutex::new(Session::new(device, handles, &groups)));
-        self.spawn("protocol".to_owned(), Cell::Protocol, move |serving| {
-            serving()?;
+        let (gate, opened) = mpsc::channel();
+        self.gate = Some(gate);
+        self.spawn("protocol".to_owned(), Cell::Protocol, move |jailed| {
+            jailed()?;
+            opened.recv().map_err(|_error| ThreadsError::Early)?;
             Ok(accept(socket, &session))
         })?;
         for _thread in 0..self.started {
             match self.news.recv() {
-                Ok(News::Serving) => {}
+                Ok(News::Jailed) => {}
                 Ok(News::Failed(error)) => return Err(error),
                 Ok(News::Ended(_)) | Err(_) => return Err(ThreadsError::Early),
             }
@@ -138,9 +144,9 @@ impl Threads {
         number: usize,
         mut thread: Thread<W>,
     ) -> Result<(), ThreadsError> {
-        self.spawn(format!("worker-{number}"), Cell::Worker, move |serving| {
+        self.spawn(format!("worker-{number}"), Cell::Worker, move |jailed| {
             thread.prepare()?;
-            serving()?;
+            jailed()?;
             if let Err(error) = thread.run() {
                 log::error!("worker {number} ends: {}", chain(&error));
             }
@@ -159,12 +165,12 @@ impl Threads {
     ) -> Result<(), ThreadsError> {
         let (line, jail) = (self.line.clone(), Arc::clone(&self.jail));
         thread::Builder::new().name(name).spawn(move || {
-            let serving = || {
+            let jailed = || {
                 jail.close_thread(cell)?;
-                line.tell(News::Serving);
+                line.tell(News::Jailed);
                 Ok(())
             };
-            let news = match catch_unwind(AssertUnwindSafe(|| run(&serving))) {
+            let news = match catch_unwind(AssertUnwindSafe(|| run(&jailed))) {
                 Ok(Ok(exit)) => News::Ended(exit),
                 Ok(Err(error)) => News::Failed(error),
                 Err(_panic) => News::Ended(match cell {
@@ -176,6 +182,12 @@ impl Threads {
         })?;
         self.started += 1;
         Ok(())
+    }
+
+    /// Lets frontends in.
+    pub(super) fn serve(&mut self) -> Result<(), ThreadsError> {
+        let gate = self.gate.take().ok_or(ThreadsError::Early)?;
+        gate.send(()).map_err(|_error| ThreadsError::Early)
     }
 
     /// Waits for a signal to end, or for the end of a thread.
@@ -191,7 +203,7 @@ impl Threads {
                     log::error!("{}", chain(&error));
                     return BackendExit::Failed;
                 }
-                Ok(News::Serving) => continue,
+                Ok(News::Jailed) => continue,
                 Err(_) => {}
             }
             let (bell, signal) = (self.bell.as_fd(), signals.as_fd());
