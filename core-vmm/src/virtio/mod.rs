@@ -21,15 +21,15 @@
 //! # How to use it
 //!
 //! ```text
-//! let watchdog = Watchdog::start()?;              // before seccomp: one thread
-//! let negotiated = connect(config, stream, &watchdog)?;   // any thread; several at once
+//! let watchdog = Watchdog::start(enter_jail_and_filter)?; // one thread
+//! let all = connect_all(configs_and_sockets, &watchdog)?; // side by side, in the same order
 //! let services = Services { router, doorbells };          // Arc<MsiRouter>, Arc<VmFd>
-//! let mut device = VirtioDevice::new(negotiated, &services)?;
+//! let mut device = VirtioDevice::new(negotiated, &services)?;   // for each
 //! let slot = bus.attach(device.function())?;      // before the first vCPU runs, or hot-added
 //! epoll.add(device.ready_fd(), EPOLLIN);          // level-triggered; the one fd of this device
 //! ...
 //! device.process(&memory);                        // when ready_fd() is readable; never fails
-//! device.reset();                                 // the whole VM resets (vCPUs stopped)
+//! device.reset(); bus.reset();                    // the whole VM resets (vCPUs stopped)
 //! ```
 //!
 //! `ready_fd()` is an epoll instance of the device's own: it holds the doorbell of the vCPUs, the
@@ -37,8 +37,8 @@
 //! is lost or returns. The control loop registers it once and never changes it.
 //!
 //! A vCPU thread may do: `ioctl` with KVM_IOEVENTFD, KVM_IRQFD and KVM_SET_GSI_ROUTING; `write` and
-//! `read` on eventfds; `poll`. The control thread: the same, `sendmsg`, `recvmsg`, `epoll_ctl`. The
-//! watchdog's thread: `shutdown`. All: `futex`.
+//! `read` on eventfds; `ppoll`. The control thread: the same, `sendmsg`, `recvmsg`, `epoll_ctl`,
+//! `fcntl` with F_DUPFD_CLOEXEC and `close`. The watchdog's thread: `shutdown`, `close`. All: `futex`.
 
 mod bar_layout;
 mod device;
@@ -48,10 +48,12 @@ pub mod features;
 pub mod frontend;
 mod function;
 pub mod pci_registers;
+mod startup;
 pub mod watchdog;
 
 pub use device::{DeviceError, Services, VirtioDevice};
 pub use device_kind::DeviceKind;
 pub use doorbell::Doorbells;
 pub use frontend::{DeviceConfig, FrontendError, Negotiated, connect};
+pub use startup::{ConnectError, connect_all};
 pub use watchdog::Watchdog;

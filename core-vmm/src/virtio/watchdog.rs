@@ -9,9 +9,12 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
+
+/// Enough for a loop and a log line.
+const STACK_BYTES: usize = 128 << 10;
 
 /// A handle on the watchdog's thread, which ends with the process or the last handle.
 #[derive(Clone, Debug)]
@@ -58,18 +61,30 @@ impl Shared {
 }
 
 impl Watchdog {
-    /// Starts the thread.
+    /// Starts the thread, which begins by doing `prepare`: it is started before the process jails
+    /// itself, as backends are talked to before, so it has to go into the jail by itself. From
+    /// there on it calls nothing but `futex`, `shutdown` and what memory and the log take.
     ///
     /// # Errors
     ///
-    /// Fails if no thread can be started.
-    pub fn start() -> io::Result<Self> {
+    /// Fails if no thread can be started, or `prepare` fails.
+    pub fn start(prepare: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let own = Arc::clone(&shared);
+        let (prepared, outcome) = mpsc::sync_channel(1);
+        let body = move || {
+            let result = prepare();
+            let watching = result.is_ok();
+            if prepared.send(result).is_ok() && watching {
+                own.watch();
+            }
+        };
         let _detached = thread::Builder::new()
             .name("watchdog".to_owned())
-            .stack_size(64 << 10)
-            .spawn(move || own.watch())?;
+            .stack_size(STACK_BYTES)
+            .spawn(body)?;
+        // The other end is gone only if `prepare` panicked.
+        outcome.recv().unwrap_or_else(|error| Err(io::Error::other(error)))?;
         Ok(Self { _alive: Arc::new(Alive(Arc::clone(&shared))), shared })
     }
 
@@ -144,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_silent_peer_is_cut_off_when_the_time_is_over() {
-        let watchdog = Watchdog::start().unwrap();
+        let watchdog = Watchdog::start(|| Ok(())).unwrap();
         let (mut socket, _silent) = UnixStream::pair().unwrap();
         let watch = watchdog.watch(&socket, Duration::from_millis(20)).unwrap();
         assert_eq!(socket.read(&mut [0; 1]).unwrap(), 0);
@@ -153,7 +168,7 @@ mod tests {
 
     #[test]
     fn a_conversation_that_ends_in_time_keeps_its_socket() {
-        let watchdog = Watchdog::start().unwrap();
+        let watchdog = Watchdog::start(|| Ok(())).unwrap();
         let (mut kept, peer) = UnixStream::pair().unwrap();
         let (mut cut, _silent) = UnixStream::pair().unwrap();
         let long = watchdog.watch(&kept, Duration::from_secs(60)).unwrap();
@@ -166,8 +181,13 @@ mod tests {
     }
 
     #[test]
+    fn a_thread_that_cannot_prepare_is_an_error() {
+        assert!(Watchdog::start(|| Err(io::ErrorKind::PermissionDenied.into())).is_err());
+    }
+
+    #[test]
     fn the_thread_ends_with_the_last_handle() {
-        let watchdog = Watchdog::start().unwrap();
+        let watchdog = Watchdog::start(|| Ok(())).unwrap();
         let shared = Arc::downgrade(&watchdog.shared);
         drop(watchdog.clone());
         assert!(!watchdog.shared.lock().ended);

@@ -12,7 +12,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use core_vmm::virtio::frontend::Limits;
-use core_vmm::virtio::{DeviceConfig, DeviceKind, FrontendError, Negotiated, Watchdog, connect};
+use core_vmm::virtio::{
+    DeviceConfig, DeviceKind, FrontendError, Negotiated, Watchdog, connect, connect_all,
+};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use crate::echo::{Backend, Hang, Manner, PROTOCOL_FEATURES, VERSION_1};
@@ -28,7 +30,7 @@ fn config() -> DeviceConfig {
 }
 
 fn negotiate(config: DeviceConfig, socket: &UnixStream) -> Result<Negotiated, FrontendError> {
-    connect(config, socket.try_clone().unwrap(), &Watchdog::start().unwrap())
+    connect(config, socket.try_clone().unwrap(), &Watchdog::start(|| Ok(())).unwrap())
 }
 
 fn guest_with(manner: Manner) -> (Guest, Backend) {
@@ -306,6 +308,30 @@ fn queues_outside_memory_are_the_drivers_fault_and_a_reset_mends_it() {
     }
     guest.bring_up();
     assert_eq!(guest.request(0, b"mended"), b"MENDED");
+}
+
+#[test]
+fn devices_connect_side_by_side_and_the_one_that_fails_is_named() {
+    let device = |id: &str, socket: &UnixStream| {
+        (DeviceConfig { id: id.to_owned(), ..config() }, socket.try_clone().unwrap())
+    };
+    let watchdog = Watchdog::start(|| Ok(())).unwrap();
+    let backends = [0, 1, 2].map(|_| Backend::start(Manner::default()));
+    let all = backends.iter().zip(["a", "b", "c"]).map(|(b, id)| device(id, &b.socket));
+    let connected = connect_all(all.collect(), &watchdog).unwrap();
+    let ids: Vec<_> = connected.iter().map(|backend| backend.kept().config.id.as_str()).collect();
+    assert_eq!(ids, ["a", "b", "c"]);
+    let (silent, _peer) = UnixStream::pair().unwrap();
+    let limits = Limits { negotiate: Duration::from_millis(50), ..Limits::default() };
+    let slow = |id| {
+        let (config, socket) = device(id, &silent);
+        (DeviceConfig { limits, ..config }, socket)
+    };
+    let good = Backend::start(Manner::default());
+    let devices = vec![device("good", &good.socket), slow("hung"), slow("hung too")];
+    let error = connect_all(devices, &watchdog).unwrap_err();
+    assert_eq!(error.id, "hung");
+    assert!(matches!(error.source, FrontendError::Hung { .. }), "{error}");
 }
 
 #[test]

@@ -47,6 +47,9 @@ pub enum FrontendError {
     /// The backend signalled an error on a ring.
     #[error("the backend reported an error on a ring")]
     Ring,
+    /// The thread that talked with the backend panicked: a bug of ours.
+    #[error("the conversation with the backend panicked")]
+    Panicked,
     /// The backend is of a time before virtio 1.0.
     #[error("the backend does not offer VIRTIO_F_VERSION_1 (its features are {features:#x})")]
     NoVersion1 {
