@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use rustix::fs::{CWD, Mode, OFlags, open};
+use rustix::fs::{CWD, Mode, OFlags, fstat, open};
 use rustix::mount::{
     MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change, move_mount,
     open_tree, unmount,
@@ -89,8 +89,7 @@ impl SharedDir {
     /// Fails if it is missing, or no folder.
     pub fn open(path: &Path) -> io::Result<Self> {
         let path = path.canonicalize()?;
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let fd = open(&path, flags, Mode::empty())?;
+        let fd = open_folder(&path)?;
         Ok(Self { path, fd })
     }
 
@@ -118,16 +117,29 @@ impl SharedDir {
         let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
         let proc_self_fd = open_tree(CWD, "/proc/self/fd", clone)
             .map_err(errno("clone the mount of /proc/self/fd"))?;
+        let here = self.found_again()?;
         let whole = clone | OpenTreeFlags::AT_EMPTY_PATH | OpenTreeFlags::AT_RECURSIVE;
-        let share =
-            open_tree(&self.fd, "", whole).map_err(errno("clone the mount of the share"))?;
+        let share = open_tree(&here, "", whole).map_err(errno("clone the mount of the share"))?;
         sys::add_mount_attributes(share.as_fd(), attributes(read_only))
             .map_err(failed("restrict the mount of the share"))?;
         let empty =
             MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-        move_mount(&share, "", &self.fd, "", empty).map_err(errno("mount the share"))?;
+        move_mount(&share, "", &here, "", empty).map_err(errno("mount the share"))?;
         switch_root(&share)?;
         Ok(Place { root_dir: PathBuf::from("/"), proc_self_fd: File::from(proc_self_fd) })
+    }
+
+    /// The same folder in the new mount namespace: a descriptor stays in the one it came from.
+    fn found_again(&self) -> Result<OwnedFd, SandboxError> {
+        let again = open_folder(&self.path).map_err(errno("open the shared folder again"))?;
+        let identity = |fd: &OwnedFd| fstat(fd).map(|stat| (stat.st_dev, stat.st_ino));
+        let unchanged = identity(&again).and_then(|found| Ok(found == identity(&self.fd)?));
+        if unchanged.map_err(errno("look at the shared folder"))? {
+            Ok(again)
+        } else {
+            let source = io::Error::from(io::ErrorKind::StaleNetworkFileHandle);
+            Err(SandboxError::Host { what: "find the shared folder again", source })
+        }
     }
 
     fn enter_chroot(self) -> Result<Place, SandboxError> {
@@ -172,9 +184,12 @@ fn attributes(read_only: bool) -> u64 {
 }
 
 fn open_proc_self_fd() -> Result<File, SandboxError> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let opened = open("/proc/self/fd", flags, Mode::empty());
+    let opened = open_folder(Path::new("/proc/self/fd"));
     opened.map(File::from).map_err(errno("open /proc/self/fd"))
+}
+
+fn open_folder(path: &Path) -> rustix::io::Result<OwnedFd> {
+    open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
 /// A request runs with the guest's user and group; root's other groups must not help it.

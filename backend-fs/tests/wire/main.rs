@@ -1,0 +1,10 @@
+//! `nacre-fs` over its real socket: a guest's file operations, in the sandbox and the jail.
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test fails by panicking and says on standard error why it is skipped"
+)]
+
+mod fuse;
+mod requests;
+mod sandbox;
