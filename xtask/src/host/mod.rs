@@ -4,7 +4,9 @@
 //! processor with SVM, a Debian kernel with kvm_amd boots in it, and the same commands run there,
 //! with this machine's files at their own places.
 //!
-//!     xtask ── socket ──▶ server (owns QEMU, virtiofsd) ── virtio port ──▶ executor ──▶ job
+//! ```text
+//! xtask -- socket --> server (owns QEMU, virtiofsd) -- virtio port --> executor --> job
+//! ```
 //!
 //! A host is private to one xtask, or kept: then it serves many, until `cargo xtask host down`.
 

@@ -3,8 +3,10 @@
 //! A client is one connection and one job. The host lives until its only client is gone (private),
 //! or until it is told to stop or was idle for long (kept).
 //!
-//!     client ── Start, input … ──▶ job number put in ──▶ port ──▶ executor in the host
-//!     client ◀── output, Exited ── by job number ◀────── port ◀──
+//! ```text
+//! client -- Start, input ... --> job number put in --> port --> executor in the host
+//! client <-- output, Exited ---- by job number <------ port <--
+//! ```
 
 use super::machine::{Machine, Parts};
 use super::progress::Progress;
