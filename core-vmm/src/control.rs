@@ -19,7 +19,10 @@ use nacre_proto::{
     exit::VmmExit,
     vmm::{self, Outcome, Reply, Request, State, Status, Timing},
 };
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::{
+    io::Errno,
+    net::{RecvFlags, SendFlags, recv, send},
+};
 
 use crate::{
     acpi::ged::Event,
@@ -175,9 +178,7 @@ impl Control {
                 return Some(VmmExit::Stopped);
             }
             Ok((kept, _)) => self.answer(&buffer[..kept]),
-            Err(error) if matches!(error, rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {
-                return None;
-            }
+            Err(Errno::AGAIN | Errno::INTR) => return None,
             Err(error) => {
                 log::error!("can't hear the supervisor: {error}");
                 return Some(VmmExit::Stopped);

@@ -9,7 +9,12 @@
 //!
 //! Nothing is opened after `build`, so the jail is entered between the two.
 
-use std::{fs::File, io, sync::Arc};
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    sync::Arc,
+};
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
@@ -220,13 +225,12 @@ fn interrupt_chips(vm: &VmFd) -> Result<Vec<kvm_irqchip>, VmError> {
 }
 
 fn console(config: &SerialConfig) -> Result<Option<Console>, VmError> {
-    let duplicate = |fd: std::os::fd::BorrowedFd<'_>| {
+    let duplicate = |fd: BorrowedFd<'_>| {
         fd.try_clone_to_owned().map(File::from).map_err(host("the serial port's descriptor"))
     };
     let (output, input) = match config {
         SerialConfig::None => return Ok(None),
         SerialConfig::Stdio => {
-            use std::os::fd::AsFd;
             (duplicate(io::stdout().as_fd())?, Some(duplicate(io::stdin().as_fd())?))
         }
         SerialConfig::Fd(fd) => {
@@ -263,7 +267,8 @@ impl Parts {
         pio.insert(panic::PORT.into(), 1, Arc::new(panic_port))?;
         pio.insert(rtc::PORT.into(), rtc::PORTS, Arc::new(Clock::default()))?;
         if let Some(console) = &self.console {
-            pio.insert(serial::PORT.into(), serial::PORTS, Arc::clone(&console.port) as _)?;
+            let port = Arc::clone(&console.port);
+            pio.insert(serial::PORT.into(), serial::PORTS, port)?;
         }
         let mut mmio = BusBuilder::new();
         let registers = layout::EVENT_REGISTERS;

@@ -1,12 +1,18 @@
 //! The whole machine on the host's KVM, an emulating one too, with guests assembled by hand: what
 //! they print, and how the process ends.
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "functions that tests share")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "functions that tests share"
+)]
 
 mod assembled;
 
 use std::{
     fs,
     io::Read,
+    os::fd::{AsRawFd, OwnedFd},
     os::unix::process::ExitStatusExt,
     path::PathBuf,
     process::{Child, Command, Stdio},
@@ -15,7 +21,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nacre_proto::exit::VmmExit;
+use core_vmm::memory::layout;
+use nacre_proto::{
+    exit::VmmExit,
+    vmm::{self, Command as Ask, Outcome, Reply, Request, State},
+};
+use rustix::{
+    io::{FdFlags, fcntl_setfd},
+    net::{
+        AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
+        sockopt::Timeout, sockopt::set_socket_timeout,
+    },
+};
 
 use self::assembled::Guest;
 
@@ -35,6 +52,38 @@ struct End {
     exit: Option<VmmExit>,
     printed: Vec<u8>,
     log: String,
+}
+
+/// The supervisor's end of a control socket.
+struct Supervisor(OwnedFd);
+
+impl Supervisor {
+    /// A socket, and the VMM's end of it with the number to pass on.
+    fn new() -> (Self, OwnedFd, String) {
+        let kind = (AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC);
+        let (ours, theirs) = socketpair(kind.0, kind.1, kind.2, None).unwrap();
+        fcntl_setfd(&theirs, FdFlags::empty()).unwrap();
+        set_socket_timeout(&ours, Timeout::Recv, Some(DEADLINE)).unwrap();
+        let number = theirs.as_raw_fd().to_string();
+        (Self(ours), theirs, number)
+    }
+
+    fn send(&self, bytes: &[u8]) {
+        send(&self.0, bytes, SendFlags::NOSIGNAL).unwrap();
+    }
+
+    fn reply(&self) -> Reply {
+        let mut buffer = vec![0; vmm::MAX_BYTES];
+        let (len, _) = recv(&self.0, &mut buffer[..], RecvFlags::empty()).unwrap();
+        vmm::decode(&buffer[..len]).unwrap()
+    }
+
+    fn ask(&self, id: u64, command: Ask) -> Outcome {
+        self.send(&vmm::encode(&Request { id, command }).unwrap());
+        let reply = self.reply();
+        assert_eq!(reply.id, id);
+        reply.outcome
+    }
 }
 
 /// Whether there is a KVM to run on; says so if not.
@@ -251,5 +300,51 @@ fn what_can_not_work_is_refused_with_its_own_exit_code_and_one_line() {
         if exit != VmmExit::Usage {
             assert_eq!(end.log.lines().count(), 1, "{kernel} {args:?}: {}", end.log);
         }
+    }
+}
+
+#[test]
+fn the_supervisor_asks_presses_the_button_and_is_told_what_it_may_not_ask() {
+    if !has_kvm() {
+        return;
+    }
+    let (supervisor, theirs, number) = Supervisor::new();
+    let events = u32::try_from(layout::EVENT_REGISTERS.start).unwrap();
+    let guest = Guest::new().print("up").print_when_set(events).power_off();
+    let mut vmm = Vmm::start(&guest, &["--memory", "64M", "--cpus", "2", "--control-fd", &number]);
+    drop(theirs);
+    vmm.expect("up");
+    let Outcome::Status(status) = supervisor.ask(1, Ask::Status) else { panic!("no status") };
+    assert_eq!((status.state, status.cpus, status.memory_bytes), (State::Running, 2, 64 << 20));
+    assert!(status.exits.pio_writes >= 2);
+    assert!(status.timing.started_ns < status.timing.first_run_ns);
+    supervisor.send(br#"{"id":2,"command":"dance"}"#);
+    let Reply { id: 0, outcome: Outcome::Refused(_) } = supervisor.reply() else {
+        panic!("not refused")
+    };
+    supervisor.send(&vec![b' '; vmm::MAX_BYTES + 1]);
+    assert!(matches!(supervisor.reply().outcome, Outcome::Refused(_)));
+    assert_eq!(supervisor.ask(3, Ask::PowerButton), Outcome::Done);
+    let end = vmm.end();
+    assert_eq!(end.exit, Some(VmmExit::PowerOff), "{}", end.log);
+    assert_eq!(end.printed, [8]);
+}
+
+#[test]
+fn a_vm_ends_at_the_supervisors_word_and_with_the_supervisor() {
+    if !has_kvm() {
+        return;
+    }
+    for says_so in [true, false] {
+        let (supervisor, theirs, number) = Supervisor::new();
+        let mut vmm = Vmm::start(&Guest::new().print("up").spin(), &["--control-fd", &number]);
+        drop(theirs);
+        vmm.expect("up");
+        if says_so {
+            assert_eq!(supervisor.ask(9, Ask::Stop), Outcome::Done);
+        }
+        drop(supervisor);
+        let end = vmm.end();
+        assert_eq!(end.exit, Some(VmmExit::Stopped), "{}", end.log);
     }
 }

@@ -98,6 +98,7 @@ fn host_bridge(machine: &Machine) -> Raw {
 }
 
 /// A device with ports, maybe an interrupt, and nothing else.
+#[derive(Clone, Copy)]
 enum Legacy {
     Serial,
     Clock,

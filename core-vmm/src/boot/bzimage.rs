@@ -98,7 +98,7 @@ pub(super) fn write_page_tables(ram: &GuestRam) -> Result<(), GuestMemoryError> 
         ram.memory.write_obj(directory | PAGE_PRESENT_WRITABLE, pointer)?;
     }
     for page in 0..MAPPED_GIB * TABLE_ENTRIES {
-        let entry = page * LARGE_PAGE_BYTES | PAGE_PRESENT_WRITABLE | PAGE_LARGE;
+        let entry = (page * LARGE_PAGE_BYTES) | PAGE_PRESENT_WRITABLE | PAGE_LARGE;
         ram.memory.write_obj(entry, GuestAddress(directories + page * 8))?;
     }
     Ok(())

@@ -18,7 +18,7 @@ pub(super) enum Kind {
 pub(super) fn entries(ram: &Ram) -> Vec<(Range<u64>, Kind)> {
     let mut map = vec![
         (0..layout::LOW_MEMORY_END, Kind::Ram),
-        (layout::ACPI_TABLES, Kind::Reserved),
+        (layout::FIRMWARE, Kind::Reserved),
         (layout::KERNEL_START..ram.low.end, Kind::Ram),
         (layout::ECAM, Kind::Reserved),
         (layout::KVM_PAGES, Kind::Reserved),

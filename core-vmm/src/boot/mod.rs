@@ -11,11 +11,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use linux_loader::loader::{self, bootparam::setup_header};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 mod bzimage;
 mod memory_map;
 mod pvh;
+mod reset_vector;
 
 use crate::{
     memory::{layout, region::GuestRam},
@@ -74,7 +76,7 @@ pub enum BootError {
         /// Which.
         path: PathBuf,
         /// Why.
-        source: linux_loader::loader::Error,
+        source: loader::Error,
     },
     /// An ELF image without the PVH note.
     #[error("the kernel {} has no PVH entry (CONFIG_PVH)", path.display())]
@@ -196,6 +198,7 @@ impl BootSource {
         let kernel = if is_elf { pvh::load(self, ram)? } else { bzimage::load(self, ram)? };
         let initramfs = self.load_initramfs(ram, &kernel)?;
         memory.write_slice(&self.command_line, layout::COMMAND_LINE)?;
+        memory.write_slice(&reset_vector::CODE, layout::RESET_VECTOR)?;
         for (index, descriptor) in (0..).zip(registers::gdt(!is_elf)) {
             memory.write_obj(descriptor, GuestAddress(layout::GDT.0 + index * 8))?;
         }
@@ -212,7 +215,7 @@ impl BootSource {
         BootError::UnknownKernel { path: self.kernel.path.clone() }
     }
 
-    fn load_failed(&self, source: linux_loader::loader::Error) -> BootError {
+    fn load_failed(&self, source: loader::Error) -> BootError {
         BootError::Kernel { path: self.kernel.path.clone(), source }
     }
 
@@ -250,5 +253,5 @@ struct Loaded {
     /// The end of where it looks for an initramfs.
     initramfs_end: u64,
     /// A bzImage's own header.
-    setup_header: Option<linux_loader::loader::bootparam::setup_header>,
+    setup_header: Option<setup_header>,
 }

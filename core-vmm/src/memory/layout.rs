@@ -42,7 +42,11 @@ pub const COMMAND_LINE_BYTES: usize = 2048;
 /// The end of conventional memory; what lies between here and 1 MiB is no RAM to the guest.
 pub const LOW_MEMORY_END: u64 = 0xa_0000;
 /// ACPI tables, with the RSDP first: inside the area that a guest without any hint searches.
-pub const ACPI_TABLES: Range<u64> = 0xe_0000..0x10_0000;
+pub const ACPI_TABLES: Range<u64> = 0xe_0000..0xf_f000;
+/// Where real mode begins after a reset, F000:FFF0. See `boot::reset_vector`.
+pub const RESET_VECTOR: GuestAddress = GuestAddress(0xf_fff0);
+/// All that is between conventional memory's end and the kernel and is told as reserved.
+pub const FIRMWARE: Range<u64> = 0xe_0000..0x10_0000;
 /// Where kernels go: nothing but RAM from here to the end of low RAM.
 pub const KERNEL_START: u64 = 0x10_0000;
 

@@ -167,6 +167,21 @@ mod tests {
 
     const ENTRY: Entry = Entry { address: 0x100_0000, is_long_mode: false };
 
+    /// A thread that tells its orders and spins while it is let.
+    fn obey(gate: &Gate, seen: &mpsc::Sender<Order>) {
+        let mut visitor = gate.visit();
+        loop {
+            let order = visitor.next_order();
+            seen.send(order).unwrap();
+            if order == Order::Finish {
+                return;
+            }
+            while gate.is_open() {
+                thread::yield_now();
+            }
+        }
+    }
+
     #[test]
     fn threads_hold_run_reset_once_and_finish_as_ordered() {
         let gate = Gate::new();
@@ -174,22 +189,7 @@ mod tests {
         thread::scope(|scope| {
             for _ in 0..2 {
                 let (gate, sender) = (&gate, sender.clone());
-                scope.spawn(move || {
-                    let mut visitor = gate.visit();
-                    loop {
-                        let order = visitor.next_order();
-                        sender.send(order).unwrap();
-                        match order {
-                            Order::Finish => return,
-                            Order::Run => {
-                                while gate.is_open() {
-                                    thread::yield_now();
-                                }
-                            }
-                            Order::Hold | Order::Reset(_) => {}
-                        }
-                    }
-                });
+                scope.spawn(move || obey(gate, &sender));
             }
             gate.wait_for(2);
             assert!(seen.try_recv().is_err(), "a closed gate lets nobody through");

@@ -26,6 +26,8 @@ pub struct Vcpu {
     index: u32,
     fd: VcpuFd,
     reset_state: ResetState,
+    /// Still as KVM made it.
+    is_fresh: bool,
 }
 
 /// What a vCPU thread shares with the control thread.
@@ -84,7 +86,7 @@ impl Vcpu {
         fd.set_cpuid2(&cpuid).map_err(failed("set the CPUID of"))?;
         let msrs = kvm.get_msr_index_list().map_err(failed("list the MSRs of"))?;
         let reset_state = ResetState::capture(&fd, msrs.as_slice())?;
-        Ok(Self { index, fd, reset_state })
+        Ok(Self { index, fd, reset_state, is_fresh: true })
     }
 
     /// The half that the control thread keeps.
@@ -112,7 +114,10 @@ impl Vcpu {
         }
         loop {
             match visitor.next_order() {
-                Order::Finish => return,
+                Order::Finish => {
+                    log::debug!("vCPU {} ends at {}", self.index, Registers(&self.fd));
+                    return;
+                }
                 Order::Hold => {}
                 Order::Reset(entry) => {
                     if let Err(error) = self.reset(&entry) {
@@ -131,8 +136,10 @@ impl Vcpu {
         GuestEvent::Failed { vcpu: self.index, reason: crate::error_chain(error) }
     }
 
-    fn reset(&self, entry: &Entry) -> Result<(), registers::RegisterError> {
-        self.reset_state.restore(&self.fd)?;
+    fn reset(&mut self, entry: &Entry) -> Result<(), registers::RegisterError> {
+        if !std::mem::take(&mut self.is_fresh) {
+            self.reset_state.restore(&self.fd)?;
+        }
         registers::prepare(&self.fd, Some(entry).filter(|_entry| self.index == 0))
     }
 

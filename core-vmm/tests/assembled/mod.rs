@@ -16,18 +16,18 @@ const XEN_ENTRY_NOTE: u32 = 18;
 
 /// A guest's code.
 #[derive(Default)]
-pub struct Guest {
+pub(crate) struct Guest {
     code: Vec<u8>,
 }
 
 impl Guest {
     /// A guest that does nothing yet.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::default()
     }
 
     /// Adds instructions.
-    pub fn code(mut self, bytes: &[u8]) -> Self {
+    pub(crate) fn code(mut self, bytes: &[u8]) -> Self {
         self.code.extend_from_slice(bytes);
         self
     }
@@ -39,17 +39,17 @@ impl Guest {
     }
 
     /// Writes a byte to a port.
-    pub fn out(self, port: u16, value: u8) -> Self {
+    pub(crate) fn out(self, port: u16, value: u8) -> Self {
         self.port(port).code(&[0xb0, value, 0xee])
     }
 
     /// Prints a text on the serial port, one instruction a byte.
-    pub fn print(self, text: &str) -> Self {
+    pub(crate) fn print(self, text: &str) -> Self {
         text.bytes().fold(self, |guest, byte| guest.out(0x3f8, byte))
     }
 
     /// Prints the code's own first bytes with one string instruction.
-    pub fn print_own_code(self, count: u32) -> Self {
+    pub(crate) fn print_own_code(self, count: u32) -> Self {
         self.port(0x3f8)
             .code(&[0xbe])
             .code(&LOAD_ADDRESS.to_le_bytes())
@@ -59,17 +59,17 @@ impl Guest {
     }
 
     /// Prints what a CMOS register reads.
-    pub fn print_cmos(self, register: u8) -> Self {
+    pub(crate) fn print_cmos(self, register: u8) -> Self {
         self.out(0x70, register).code(&[0xe4, 0x71]).port(0x3f8).code(&[0xee])
     }
 
     /// Prints what a port reads.
-    pub fn print_port(self, port: u16) -> Self {
+    pub(crate) fn print_port(self, port: u16) -> Self {
         self.port(port).code(&[0xec]).port(0x3f8).code(&[0xee])
     }
 
     /// Waits until the byte at a physical address is not zero, and prints it.
-    pub fn print_when_set(self, address: u32) -> Self {
+    pub(crate) fn print_when_set(self, address: u32) -> Self {
         // l: mov al, [address]; test al, al; jz l
         self.code(&[0xa0])
             .code(&address.to_le_bytes())
@@ -79,17 +79,17 @@ impl Guest {
     }
 
     /// Powers off by the sleep control register.
-    pub fn power_off(self) -> Self {
+    pub(crate) fn power_off(self) -> Self {
         self.out(0x600, 0x34).spin()
     }
 
     /// Loops for ever.
-    pub fn spin(self) -> Self {
+    pub(crate) fn spin(self) -> Self {
         self.code(&[0xeb, 0xfe])
     }
 
     /// Writes the image.
-    pub fn write(&self, path: &Path) {
+    pub(crate) fn write(&self, path: &Path) {
         let code_bytes = u64::try_from(self.code.len()).unwrap();
         let mut image = elf_header();
         image.extend(program_header(1, CODE_OFFSET, LOAD_ADDRESS, code_bytes));

@@ -96,6 +96,11 @@ fn part(queue: u16, offset: u64) -> u64 {
     0x1_0000 * (1 + u64::from(queue)) + offset
 }
 
+/// Where a part of a request is; there are up to eight.
+fn buffer(queue: u16, index: u16) -> u64 {
+    part(queue, 0x8000 + 0x1000 * u64::from(index))
+}
+
 impl Guest {
     pub(crate) fn new(backend: Negotiated) -> Self {
         let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
@@ -188,14 +193,15 @@ impl Guest {
         self.made = [0; 2];
     }
 
-    /// Everything up to features, which are all that are on offer.
+    /// Everything up to features, which are all that are on offer but `EVENT_IDX`.
     pub(crate) fn acknowledge(&mut self) {
         self.reset();
         self.write(0x14, 1, 3);
         for half in 0..2 {
             self.write(0, 4, half);
             self.write(8, 4, half);
-            self.write(0xc, 4, self.read(4, 4));
+            let event_idx = if half == 0 { 1 << 29 } else { 0 };
+            self.write(0xc, 4, self.read(4, 4) & !event_idx);
         }
         self.write(0x14, 1, 11);
         assert_eq!(self.status(), 11);
@@ -216,26 +222,33 @@ impl Guest {
     /// All that a driver does until it is ready.
     pub(crate) fn bring_up(&mut self) {
         self.acknowledge();
-        for queue in 0..2 {
+        for queue in 0..u16::try_from(self.read(0x12, 2)).unwrap().min(2) {
             self.set_up_queue(queue, part(queue, 0));
         }
         self.write(0x14, 1, 15);
     }
 
-    /// Makes one request and kicks.
-    pub(crate) fn submit(&mut self, queue: u16, text: &[u8]) {
+    /// Makes one request of what the device reads and what it writes, and kicks.
+    pub(crate) fn submit_parts(&mut self, queue: u16, readable: &[&[u8]], writable: &[usize]) {
         let made = &mut self.made[usize::from(queue)];
         let put = |address: u64, bytes: &[u8]| {
             self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
         };
-        let len = u32::try_from(text.len()).unwrap();
-        put(part(queue, 0x8000), text);
-        for (index, (buffer, flags)) in [(0x8000, 1_u16), (0x9000, 2)].into_iter().enumerate() {
-            let at = part(queue, 16 * index as u64);
-            put(at, &part(queue, buffer).to_le_bytes());
-            put(at + 8, &len.to_le_bytes());
-            put(at + 12, &flags.to_le_bytes());
-            put(at + 14, &1_u16.to_le_bytes());
+        let parts = readable
+            .iter()
+            .map(|bytes| (bytes.len(), 0_u16))
+            .chain(writable.iter().map(|len| (*len, 2)));
+        let count = u16::try_from(readable.len() + writable.len()).unwrap();
+        for (index, (len, flags)) in (0..count).zip(parts) {
+            let at = part(queue, 16 * u64::from(index));
+            let more = u16::from(index + 1 < count);
+            put(at, &buffer(queue, index).to_le_bytes());
+            put(at + 8, &u32::try_from(len).unwrap().to_le_bytes());
+            put(at + 12, &(flags | more).to_le_bytes());
+            put(at + 14, &(index + 1).to_le_bytes());
+        }
+        for (index, bytes) in (0..).zip(readable) {
+            put(buffer(queue, index), bytes);
         }
         let slot = u64::from(*made % QUEUE_SIZE);
         put(part(queue, 0x1000 + 4 + 2 * slot), &[0, 0]);
@@ -244,12 +257,21 @@ impl Guest {
         self.write(NOTIFY + 4 * u64::from(queue), 2, queue.into());
     }
 
-    /// What the device answered, once all requests are used.
-    pub(crate) fn answer(&self, queue: u16, len: usize) -> Option<Vec<u8>> {
+    /// Makes one request of two equal parts and kicks.
+    pub(crate) fn submit(&mut self, queue: u16, text: &[u8]) {
+        self.submit_parts(queue, &[text], &[text.len()]);
+    }
+
+    /// What the device wrote into a part, once all requests are used.
+    pub(crate) fn written(&self, queue: u16, index: u16, len: usize) -> Option<Vec<u8>> {
         let used: u16 = self.memory.read_obj(GuestAddress(part(queue, 0x2000 + 2))).unwrap();
-        let mut text = vec![0; len];
-        self.memory.read_slice(&mut text, GuestAddress(part(queue, 0x9000))).unwrap();
-        (used == self.made[usize::from(queue)]).then_some(text)
+        let mut bytes = vec![0; len];
+        self.memory.read_slice(&mut bytes, GuestAddress(buffer(queue, index))).unwrap();
+        (used == self.made[usize::from(queue)]).then_some(bytes)
+    }
+
+    pub(crate) fn answer(&self, queue: u16, len: usize) -> Option<Vec<u8>> {
+        self.written(queue, 1, len)
     }
 
     /// One request, its interrupt and its answer.

@@ -1,7 +1,12 @@
 //! The frontend on a real socket, against `vhost-user-backend`: an implementation of the protocol
 //! that is not ours. No KVM: the guest's side is played through the bus.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its parts too")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test fails by panicking, in its parts too, and says why it is skipped"
+)]
 
+mod disk;
 mod echo;
 mod guest;
 
