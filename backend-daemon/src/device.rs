@@ -125,7 +125,7 @@ pub trait Worker: Send + 'static {
     fn ready(&mut self, token: Token, rings: &mut Rings<'_>) -> Result<(), DeviceError>;
 
     /// The queue is about to stop: finish (and push) what is in flight on it, then return. No
-    /// request may be started. The ring is still in `rings`.
+    /// request may be started. The ring is still in `rings`, unless the guest broke it.
     ///
     /// # Errors
     ///
