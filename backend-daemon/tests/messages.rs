@@ -16,6 +16,8 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket as _;
 
 const SET_FEATURES: u32 = 2;
 const SET_PROTOCOL_FEATURES: u32 = 16;
+/// Requests that set memory and rings up, and take them down.
+const SET_UP: [u32; 11] = [5, 8, 9, 10, 11, 12, 13, 14, 18, 37, 38];
 const LAST_REQUEST: u32 = 46;
 const NEED_REPLY: u32 = 1 << 3;
 
@@ -38,20 +40,27 @@ impl Random {
         self.0
     }
 
-    /// Bytes of a plausible message: words that are small as often as they are wild.
-    fn payload(&mut self) -> Vec<u8> {
-        let words = self.next() % 9;
-        (0..words)
-            .flat_map(|_word| {
-                match self.next() % 4 {
-                    0 => 0,
-                    1 => self.next() % 4,
-                    2 => self.next() % 0x10_0000,
-                    _ => self.next(),
-                }
-                .to_le_bytes()
-            })
-            .collect()
+    /// Bytes of a plausible message: most often of the request's own length, with words that are
+    /// small as often as they are wild.
+    fn payload(&mut self, request: u32) -> Vec<u8> {
+        let own = match request {
+            // A memory table of one region, addresses, a region.
+            5 | 9 | 37 | 38 => 5,
+            1 | 3 | 4 | 15 | 17 | 34 | 36 | 43 => 0,
+            _ => 1,
+        };
+        let words = if self.next().is_multiple_of(4) { self.next() % 9 } else { own };
+        let word = |random: &mut Self| match random.next() % 4 {
+            0 => 0,
+            1 => (random.next() % 4) | ((random.next() % 3) << 32),
+            2 => (random.next() % 0x100) << 12,
+            _ => random.next(),
+        };
+        let mut payload: Vec<u8> = (0..words).flat_map(|_word| word(self).to_le_bytes()).collect();
+        if request == 5 && words == 5 {
+            payload[..8].copy_from_slice(&1_u64.to_le_bytes());
+        }
+        payload
     }
 }
 
@@ -70,13 +79,21 @@ fn no_message_ends_the_process() {
     let memory = File::from(memfd_create("memory", MemfdFlags::CLOEXEC).unwrap());
     memory.set_len(1 << 20).unwrap();
     let event = EventFd::new(0).unwrap();
-    for round in 0..40 * LAST_REQUEST {
+    for round in 0..100 * LAST_REQUEST {
         let mut stream = connect_soon(&daemon.socket());
         negotiate(&mut stream);
-        for _message in 0..4 {
-            let bytes = message(1 + round % LAST_REQUEST, &random.payload());
+        for _message in 0..6 {
+            let request = match random.next() % 3 {
+                0 => 1 + u32::try_from(random.next()).unwrap_or(round) % LAST_REQUEST,
+                _ => SET_UP[usize::try_from(random.next()).unwrap() % SET_UP.len()],
+            };
+            let bytes = message(request, &random.payload(request));
             let fds: [RawFd; 2] = [memory.as_raw_fd(), event.as_raw_fd()];
-            let fds = &fds[..usize::try_from(random.next() % 3).unwrap()];
+            let fds = match request {
+                5 | 37 => &fds[..1],
+                12..=14 => &fds[1..],
+                _ => &fds[..usize::from(random.next().is_multiple_of(8))],
+            };
             // The daemon hangs up at the first message that it refuses.
             if stream.send_with_fds(&[&bytes[..]], fds).is_err() {
                 break;
