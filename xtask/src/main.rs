@@ -6,9 +6,13 @@ use xtask::cache::Cache;
 use xtask::executor;
 use xtask::host::command::{HostArguments, SERVE_TASK, ServeArguments};
 use xtask::packages::kernel::Kernel;
+use xtask::packages::machine;
 use xtask::packages::tree::Tree;
+use xtask::programs::workspace;
 use xtask::report::say;
 use xtask::run::{NacreArguments, RunArguments, SETUP_FAILED};
+use xtask::test::{self, TestArguments};
+use xtask::tidy;
 
 #[derive(Debug, Parser)]
 #[command(name = "xtask", about = "Nacre's development tasks")]
@@ -27,6 +31,12 @@ enum Task {
     Run(RunArguments),
     /// Runs another command of nacre: ps, exec, logs, stop, rm
     Nacre(NacreArguments),
+    /// Runs the tests, layer by layer; see README.md
+    Test(TestArguments),
+    /// Checks what lints cannot: crate graph, licences, file heads, names, unsafe's places
+    Tidy,
+    /// Installs the Debian packages that building the workspace needs
+    Setup,
     #[command(name = SERVE_TASK, hide = true)]
     HostServe(ServeArguments),
     #[command(name = executor::TASK, hide = true)]
@@ -60,6 +70,12 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::Host(arguments) => arguments.run(),
         Task::Run(arguments) => arguments.run(),
         Task::Nacre(arguments) => arguments.run(),
+        Task::Test(arguments) => {
+            let passed = test::run(workspace()?, &arguments)?;
+            Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Task::Tidy => tidy::run(workspace()?).map(|()| ExitCode::SUCCESS),
+        Task::Setup => machine::need(machine::BUILD_PACKAGES).map(|()| ExitCode::SUCCESS),
         Task::HostServe(arguments) => arguments.run(),
         Task::InHost => executor::run().map(|()| ExitCode::SUCCESS),
     }

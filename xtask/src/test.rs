@@ -7,14 +7,12 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 use serde_json::Value;
 
+use crate::packages::machine;
 use crate::report::say;
-
-/// The programs that end-to-end tests start.
-pub const PROGRAM_PACKAGES: &[&str] =
-    &["core-vmm", "backend-blk", "backend-net", "backend-fs", "backend-vsock", "shim"];
+use crate::{test_bare, test_linux};
 
 /// A layer of tests, by what it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -52,21 +50,33 @@ impl Tally {
     }
 }
 
-/// Runs `layers`, or all.
+/// What `cargo xtask test` takes.
+#[derive(Debug, Args)]
+pub struct TestArguments {
+    /// The layers to run; all if none is named
+    #[arg(value_enum)]
+    layers: Vec<Layer>,
+    /// Only tests whose name contains this; may be repeated
+    #[arg(long, value_name = "NAME")]
+    only: Vec<String>,
+}
+
+/// Runs the layers.
 ///
 /// # Errors
 ///
 /// Fails if something could not be built or started. Failed tests are no error: the answer tells.
-pub fn run(root: &Path, layers: &[Layer]) -> Result<bool> {
-    let layers: BTreeSet<_> = match layers {
+pub fn run(root: &Path, arguments: &TestArguments) -> Result<bool> {
+    let layers: BTreeSet<_> = match arguments.layers.as_slice() {
         [] => Layer::value_variants().iter().copied().collect(),
         some => some.iter().copied().collect(),
     };
+    machine::need(machine::BUILD_PACKAGES)?;
     let in_ci = std::env::var_os("CI").is_some();
     let mut tally = Tally::default();
     for layer in layers {
         let start = Instant::now();
-        if let Some(reason) = run_layer(root, layer, &mut tally)? {
+        if let Some(reason) = run_layer(root, layer, &arguments.only, &mut tally)? {
             say(&format!("layer {layer:?}: skipped: {reason}"));
             tally.skipped += 1;
             tally.failed += u32::from(in_ci);
@@ -80,15 +90,22 @@ pub fn run(root: &Path, layers: &[Layer]) -> Result<bool> {
 }
 
 /// Runs one layer; gives the reason if it can't run here.
-fn run_layer(root: &Path, layer: Layer, tally: &mut Tally) -> Result<Option<String>> {
+fn run_layer(
+    root: &Path,
+    layer: Layer,
+    only: &[String],
+    tally: &mut Tally,
+) -> Result<Option<String>> {
     match layer {
         Layer::Unit => {
-            count_tests(cargo(root).args(["test", "--workspace", "--no-fail-fast"]), tally)?;
+            let mut tests = cargo(root);
+            tests.args(["test", "--workspace", "--no-fail-fast", "--"]).args(only);
+            count_tests(&mut tests, tally)?;
             Ok(None)
         }
-        Layer::Bare => crate::test_bare::run(root, tally),
-        Layer::Linux => crate::test_linux::run(root, tally),
-        Layer::Interop => crate::test_interop::run(root, tally),
+        Layer::Bare => test_bare::run(root, only, tally),
+        Layer::Linux => test_linux::run(root, only, tally),
+        Layer::Interop => test_linux::interop(root, only, tally),
     }
 }
 
@@ -99,19 +116,16 @@ pub(crate) fn cargo(root: &Path) -> Command {
     command
 }
 
-/// Builds the programs that end-to-end tests start; gives their folder.
+/// Builds the guest without a kernel, which is no part of the workspace.
 ///
 /// # Errors
 ///
 /// Fails if the build does.
-pub fn build_programs(root: &Path) -> Result<PathBuf> {
-    let mut build = cargo(root);
-    build.args(["build", "--quiet"]);
-    for package in PROGRAM_PACKAGES {
-        build.args(["--package", package]);
-    }
-    ensure!(build.status()?.success(), "the programs do not build");
-    Ok(root.join("target/debug"))
+pub(crate) fn build_bare_guest(root: &Path) -> Result<()> {
+    let folder = root.join("tests/bare-guest");
+    let status = Command::new(env!("CARGO")).args(["build", "--quiet"]).current_dir(folder).status();
+    ensure!(status.context("cargo")?.success(), "the bare guest does not build");
+    Ok(())
 }
 
 /// Builds one test program of the `tests` folder without running it; gives its path.

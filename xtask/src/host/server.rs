@@ -210,7 +210,9 @@ impl Router {
     fn read_from_client(&self, job: u32, mut client: &UnixStream) {
         while let Ok((_, frame)) = read_frame(&mut client) {
             if frame == Frame::Stop {
-                return self.tell(Event::StopAsked);
+                // Its connection ends when this process does, and so tells it.
+                self.tell(Event::StopAsked);
+                continue;
             }
             if self.to_host(job, &frame).is_err() {
                 return;

@@ -55,8 +55,9 @@ impl Emulated {
     /// # Errors
     /// The host does not come up.
     pub fn session(&self) -> Result<Session> {
-        if let Some(stream) = self.kept()? {
-            return Ok(Session { client: Client::greet(stream)?, server: None });
+        // One that is just going down does not answer any more.
+        if let Some(client) = self.kept()?.and_then(|stream| Client::greet(stream).ok()) {
+            return Ok(Session { client, server: None });
         }
         let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
         let server = self.start_server("--client", OwnedFd::from(theirs), Stdio::inherit())?;
@@ -84,6 +85,7 @@ impl Emulated {
     /// # Errors
     /// It does not answer.
     pub fn down(&self) -> Result<bool> {
+        let _lock = self.cache.lock("host-up")?;
         let Some(stream) = self.kept()? else { return Ok(false) };
         Client::greet(stream)?.stop()?;
         Ok(true)
