@@ -132,7 +132,7 @@ fn parse_number<T: std::str::FromStr>(key: &str, text: &str) -> Result<T, String
     text.parse().map_err(|_error| format!("{key}={text} is no number in range"))
 }
 
-fn parse_type(text: &str) -> Result<u32, String> {
+fn parse_type(text: &str) -> Result<u16, String> {
     // Virtio 1.3, chapter 5.
     match text {
         "net" => Ok(1),

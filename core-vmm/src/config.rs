@@ -55,7 +55,7 @@ pub struct DeviceConfig {
     /// Where its backend is.
     pub endpoint: Endpoint,
     /// The virtio device type, which vhost-user never tells.
-    pub device_type: u32,
+    pub device_type: u16,
     /// How many queues, where the backend does not say.
     pub queues: Option<u16>,
     /// The size of each queue; the transport has a default.

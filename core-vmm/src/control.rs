@@ -4,7 +4,7 @@
 //! vCPU threads, devices ──▶ mailbox ─┐
 //! SIGTERM and the like ──▶ signalfd ─┼──▶ epoll ──▶ Control ──▶ Vm
 //! supervisor ──▶ control socket ─────┤
-//! serial input ──────────────────────┘
+//! serial input, devices' backends ───┘
 //! ```
 //!
 //! It ends with how the VM ended. It never waits for anything but its vCPUs and its epoll set.
@@ -40,6 +40,8 @@ const SIGNAL: u64 = 1;
 const SUPERVISOR: u64 = 2;
 const SERIAL_INPUT: u64 = 3;
 const SERIAL_DRAINED: u64 = 4;
+/// The first device's; the others follow.
+const DEVICES: u64 = 16;
 
 /// Why the loop failed.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +101,9 @@ impl Control {
         if let Some(supervisor) = &self.supervisor {
             self.poller.add(supervisor, SUPERVISOR)?;
         }
+        for (token, fd) in (DEVICES..).zip(self.vm.device_fds()) {
+            self.poller.add(&fd, token)?;
+        }
         let Some(console) = &self.vm.parts.console else { return Ok(()) };
         self.poller.add(console.port.drained(), SERIAL_DRAINED)?;
         match console.input.as_ref().map(|input| self.poller.add(input, SERIAL_INPUT)) {
@@ -137,8 +142,9 @@ impl Control {
             SUPERVISOR => Ok(self.take_request()),
             SERIAL_INPUT => self.take_serial_input().map_err(ControlError::Poll),
             SERIAL_DRAINED => self.want_serial_input().map_err(ControlError::Poll),
-            other => {
-                log::error!("an event of unknown token {other}");
+            device => {
+                let index = device.checked_sub(DEVICES).and_then(|index| index.try_into().ok());
+                self.vm.process_device(index.unwrap_or(usize::MAX));
                 Ok(None)
             }
         }

@@ -3,12 +3,16 @@
 //! It is entered when everything is open and connected and before any thread is started, as
 //! capabilities belong to each thread. System calls are filtered after that: `seccomp`.
 
+use std::io;
+
 use caps::{CapSet, errors::CapsError};
 use rustix::{
     io::Errno,
     process::{DumpableBehavior, set_dumpable_behavior},
     thread::set_no_new_privs,
 };
+
+use crate::seccomp::{self, SeccompError};
 
 /// Why the process would not be jailed.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +53,19 @@ pub fn enter() -> Result<(), JailError> {
         clear(set)?;
     }
     Ok(())
+}
+
+/// What the watchdog's thread does first: it is started before the process is jailed.
+///
+/// # Errors
+///
+/// Fails if its filter is malformed.
+pub fn watchdog() -> Result<impl FnOnce() -> io::Result<()> + Send + 'static, SeccompError> {
+    let filter = seccomp::watchdog_filter()?;
+    Ok(move || {
+        enter().map_err(io::Error::other)?;
+        seccompiler::apply_filter(&filter).map_err(io::Error::other)
+    })
 }
 
 fn clear(set: CapSet) -> Result<(), JailError> {

@@ -14,6 +14,7 @@ pub mod bus;
 pub mod command;
 pub mod config;
 pub mod control;
+pub mod devices;
 pub mod event;
 pub mod interrupt;
 pub mod jail;
@@ -73,6 +74,7 @@ impl VmmError {
         match self {
             Self::Vm(VmError::Boot(error)) if error.is_about_file() => VmmExit::BootFile,
             Self::Vm(VmError::Memory(_)) => VmmExit::Memory,
+            Self::Vm(VmError::Devices(_)) => VmmExit::Backend,
             Self::Vm(
                 VmError::NoKvm(_)
                 | VmError::NoCapability(_)

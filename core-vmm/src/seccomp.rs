@@ -30,7 +30,8 @@ const fn kvm_ioctl(direction: u64, number: u64, size: usize) -> u64 {
     direction << 30 | (size as u64) << 16 | KVM_IOCTL << 8 | number
 }
 
-const F_GETFD: u64 = libc::F_GETFD.unsigned_abs() as u64;
+const F_GETFD: u64 = 1;
+const F_DUPFD_CLOEXEC: u64 = 1030;
 const KVM_RUN: u64 = kvm_ioctl(NONE, 0x80, 0);
 
 /// A vCPU's state, for resets and for the log of a crash.
@@ -66,7 +67,7 @@ const VM_STATE: [u64; 1] = [kvm_ioctl(READ, 0x63, size_of::<kvm::kvm_irqchip>())
 
 /// What any Rust thread needs: memory, locks, time, its own end, and to write (a log line, an
 /// eventfd, the serial port).
-const EVERY_THREAD: [c_long; 20] = [
+const EVERY_THREAD: [c_long; 21] = [
     libc::SYS_brk,
     libc::SYS_clock_gettime,
     libc::SYS_clock_nanosleep,
@@ -80,6 +81,7 @@ const EVERY_THREAD: [c_long; 20] = [
     libc::SYS_madvise,
     libc::SYS_mremap,
     libc::SYS_munmap,
+    libc::SYS_ppoll,
     libc::SYS_read,
     libc::SYS_restart_syscall,
     libc::SYS_rt_sigprocmask,
@@ -122,13 +124,18 @@ fn not_executable() -> Result<SeccompRule, BackendError> {
     SeccompRule::new(vec![SeccompCondition::new(2, SeccompCmpArgLen::Dword, none, 0)?])
 }
 
-fn compile(calls: &[&[c_long]], ioctls: &[&[u64]]) -> Result<BpfProgram, SeccompError> {
+fn compile(
+    calls: &[&[c_long]],
+    fcntls: &[u64],
+    ioctls: &[&[u64]],
+) -> Result<BpfProgram, SeccompError> {
     let mut rules: Rules = calls.concat().into_iter().map(|call| (call, Vec::new())).collect();
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
         rules.push((call, vec![not_executable()?]));
     }
-    // The standard library asks for a descriptor's flags before it closes it.
-    rules.push((libc::SYS_fcntl, vec![second_argument_is(F_GETFD)?]));
+    // The standard library asks for a descriptor's flags before it closes it, F_GETFD.
+    let fcntls: Result<Vec<_>, _> = fcntls.iter().copied().map(second_argument_is).collect();
+    rules.push((libc::SYS_fcntl, fcntls?));
     let ioctls: Result<Vec<_>, _> = ioctls.concat().into_iter().map(second_argument_is).collect();
     rules.push((libc::SYS_ioctl, ioctls?));
     let filter = SeccompFilter::new(
@@ -146,7 +153,7 @@ fn compile(calls: &[&[c_long]], ioctls: &[&[u64]]) -> Result<BpfProgram, Seccomp
 ///
 /// Fails if the list is malformed.
 pub fn vcpu_filter() -> Result<BpfProgram, SeccompError> {
-    compile(&[&EVERY_THREAD], &[&[KVM_RUN], &VCPU_STATE, &VM_WIRING])
+    compile(&[&EVERY_THREAD], &[F_GETFD], &[&[KVM_RUN], &VCPU_STATE, &VM_WIRING])
 }
 
 /// The control thread's filter.
@@ -157,7 +164,17 @@ pub fn vcpu_filter() -> Result<BpfProgram, SeccompError> {
 pub fn control_filter() -> Result<BpfProgram, SeccompError> {
     // Restoring a terminal's mode at the end.
     let terminal = [libc::TCSETS, libc::TCSETSW, libc::TCGETS];
-    compile(&[&EVERY_THREAD, &CONTROL_THREAD], &[&VM_WIRING, &VM_STATE, &terminal])
+    let fcntls = [F_GETFD, F_DUPFD_CLOEXEC];
+    compile(&[&EVERY_THREAD, &CONTROL_THREAD], &fcntls, &[&VM_WIRING, &VM_STATE, &terminal])
+}
+
+/// The filter of the thread that ends conversations with backends.
+///
+/// # Errors
+///
+/// Fails if the list is malformed.
+pub fn watchdog_filter() -> Result<BpfProgram, SeccompError> {
+    compile(&[&EVERY_THREAD, &[libc::SYS_shutdown]], &[F_GETFD], &[])
 }
 
 #[cfg(test)]
@@ -167,6 +184,8 @@ mod tests {
     #[test]
     fn ioctl_numbers_are_the_documented_ones() {
         assert_eq!(KVM_RUN, 0xae80);
+        assert_eq!(i32::try_from(F_GETFD), Ok(libc::F_GETFD));
+        assert_eq!(i32::try_from(F_DUPFD_CLOEXEC), Ok(libc::F_DUPFD_CLOEXEC));
         // As `strace` prints them.
         assert_eq!(VCPU_STATE[1], 0x4090_ae82);
         assert_eq!(VCPU_STATE[9], 0x4400_ae8f);
@@ -174,8 +193,9 @@ mod tests {
     }
 
     #[test]
-    fn both_filters_compile() {
+    fn all_filters_compile() {
         assert!(!vcpu_filter().unwrap().is_empty());
+        assert!(!watchdog_filter().unwrap().is_empty());
         assert!(!control_filter().unwrap().is_empty());
     }
 }

@@ -30,7 +30,9 @@ use crate::{
     boot::{BootError, BootSource},
     bus::{BusBuilder, BusError},
     config::{Config, SerialConfig},
+    devices::{self, Devices, DevicesError},
     event::{self, Mailbox, Notifier},
+    jail,
     legacy::{
         panic::{self, PanicPort},
         power::{self, KeyboardReset, PowerRegisters},
@@ -84,6 +86,9 @@ pub enum VmError {
     /// Two devices in one place.
     #[error("can't lay out the bus")]
     Bus(#[from] BusError),
+    /// A device or its backend.
+    #[error("a device is missing")]
+    Devices(#[from] DevicesError),
     /// No descriptors or the like.
     #[error("can't make {what}")]
     Host {
@@ -112,6 +117,7 @@ pub struct Parts {
     boot: BootSource,
     machine: Machine,
     irqchips: Vec<kvm_irqchip>,
+    devices: Devices,
     /// The event device.
     pub events: Arc<EventDevice>,
     /// The serial port, if there is one.
@@ -173,6 +179,8 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
     ram.register(&vm)?;
     let irqchips = interrupt_chips(&vm)?;
     let vcpus = vcpu::create(&kvm, &vm, &supported, config.cpus)?;
+    let backends = devices::connect(&config.devices, jail::watchdog()?)?;
+    let devices = Devices::attach(backends, &vm, address_bits)?;
     let gate = Arc::new(Gate::new());
     let (notifier, mailbox) = event::channel(Arc::clone(&gate)).map_err(host("an eventfd"))?;
     let events = Arc::new(EventDevice::new().map_err(host("the event device"))?);
@@ -183,6 +191,7 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
         ram,
         boot,
         irqchips,
+        devices,
         events,
         console,
         mailbox,
@@ -274,6 +283,7 @@ impl Parts {
         let registers = layout::EVENT_REGISTERS;
         let events = Arc::clone(&self.events);
         mmio.insert(registers.start, registers.end - registers.start, events)?;
+        self.devices.register(&mut pio, &mut mmio)?;
         Ok(Buses { pio: pio.into_pio(), mmio: mmio.into_mmio() })
     }
 }
@@ -307,6 +317,7 @@ impl Vm {
     pub fn reset(&mut self) -> Result<(), VmError> {
         self.vcpus.hold();
         self.parts.mailbox.clear();
+        self.parts.devices.reset();
         self.parts.events.reset();
         for chip in &self.parts.irqchips {
             self.parts.vm.set_irqchip(chip).map_err(kvm_failed("reset an interrupt controller"))?;
@@ -317,6 +328,16 @@ impl Vm {
         self.vcpus.reset(entry);
         self.resets += 1;
         Ok(())
+    }
+
+    /// What is readable when a device wants [`Vm::process_device`], in order.
+    pub fn device_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.parts.devices.ready_fds()
+    }
+
+    /// Lets device `index` do what is to do.
+    pub fn process_device(&mut self, index: usize) {
+        self.parts.devices.process(index, &self.parts.ram.memory);
     }
 
     /// How often the guest was reset.

@@ -1,0 +1,193 @@
+//! The VM's virtio devices: connected to their backends, put on the PCI bus, reset together.
+
+use std::{
+    io,
+    os::{fd::BorrowedFd, unix::net::UnixStream},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use kvm_ioctls::VmFd;
+use vm_memory::GuestMemoryMmap;
+
+use crate::{
+    bus::{BusBuilder, BusError, PCI_CONFIG_PORT},
+    config::{self, Endpoint},
+    interrupt::MsiRouter,
+    memory::layout,
+    pci::{
+        AddressRange, ConfigPorts, ECAM_LEN_BYTES, Ecam, MmioWindow, PciBus, PciError, PciWindows,
+    },
+    sys,
+    virtio::{
+        ConnectError, DeviceConfig, DeviceError, DeviceKind, Negotiated, Services, VirtioDevice,
+        Watchdog, connect_all,
+    },
+};
+
+const PCI_CONFIG_PORTS: u64 = 8;
+
+/// Why a device is missing.
+#[derive(Debug, thiserror::Error)]
+pub enum DevicesError {
+    /// Nobody listens.
+    #[error("can't connect device {id} to {}", path.display())]
+    Unreachable {
+        /// Which device.
+        id: String,
+        /// Its backend's socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The descriptor is none.
+    #[error("descriptor {fd} of device {id} is unusable")]
+    Descriptor {
+        /// Which device.
+        id: String,
+        /// The number.
+        fd: i32,
+        /// Why.
+        source: io::Error,
+    },
+    /// The thread that bounds conversations.
+    #[error("can't start the backends' watchdog")]
+    Watchdog(#[source] io::Error),
+    /// A backend does not answer, or not as it should.
+    #[error("no backend")]
+    Connect(#[from] ConnectError),
+    /// No descriptors.
+    #[error("device {id}")]
+    Device {
+        /// Which device.
+        id: String,
+        /// Why.
+        source: DeviceError,
+    },
+    /// No place on the bus.
+    #[error("device {id} has no place on the bus")]
+    Slot {
+        /// Which device.
+        id: String,
+        /// Why.
+        source: PciError,
+    },
+}
+
+/// All devices and their bus.
+pub struct Devices {
+    bus: Arc<PciBus>,
+    all: Vec<VirtioDevice>,
+}
+
+/// Connects to all backends and negotiates with them, side by side.
+///
+/// # Errors
+///
+/// Fails if a backend can't be reached or does not fit.
+pub fn connect(
+    configs: &[config::DeviceConfig],
+    prepare_watchdog: impl FnOnce() -> io::Result<()> + Send + 'static,
+) -> Result<Vec<Negotiated>, DevicesError> {
+    if configs.is_empty() {
+        return Ok(Vec::new());
+    }
+    let sockets = configs
+        .iter()
+        .map(|config| Ok((wanted(config), open(config)?)))
+        .collect::<Result<_, DevicesError>>()?;
+    let watchdog = Watchdog::start(prepare_watchdog).map_err(DevicesError::Watchdog)?;
+    Ok(connect_all(sockets, &watchdog)?)
+}
+
+fn wanted(config: &config::DeviceConfig) -> DeviceConfig {
+    let mut wanted = DeviceConfig::new(&config.id, DeviceKind(config.device_type));
+    wanted.queues = config.queues;
+    wanted.queue_size = config.queue_size.unwrap_or(wanted.queue_size);
+    wanted.config_bytes.clone_from(&config.config_space);
+    wanted
+}
+
+fn open(config: &config::DeviceConfig) -> Result<UnixStream, DevicesError> {
+    let id = || config.id.clone();
+    match &config.endpoint {
+        Endpoint::Socket(path) => UnixStream::connect(path)
+            .map_err(|source| DevicesError::Unreachable { id: id(), path: path.clone(), source }),
+        Endpoint::Fd(fd) => sys::inherited_fd(*fd)
+            .map(UnixStream::from)
+            .map_err(|source| DevicesError::Descriptor { id: id(), fd: *fd, source }),
+    }
+}
+
+impl Devices {
+    /// Puts each on the bus, in the order given.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is no room for one.
+    pub fn attach(
+        backends: Vec<Negotiated>,
+        vm: &Arc<VmFd>,
+        address_bits: u32,
+    ) -> Result<Self, DevicesError> {
+        let range = |range: std::ops::Range<u64>| AddressRange {
+            start: range.start,
+            len_bytes: range.end - range.start,
+        };
+        let bus = Arc::new(PciBus::new(PciWindows {
+            low: range(layout::PCI_WINDOW_32),
+            high: range(layout::pci_window_64(address_bits)),
+        }));
+        let irqchip = Arc::clone(vm);
+        let doorbells = Arc::clone(vm);
+        let services = Services { router: Arc::new(MsiRouter::new(irqchip)), doorbells };
+        let mut all = Vec::with_capacity(backends.len());
+        for backend in backends {
+            let id = backend.kept().config.id.clone();
+            let device = VirtioDevice::new(backend, &services)
+                .map_err(|source| DevicesError::Device { id: id.clone(), source })?;
+            let slot = bus
+                .attach(device.function())
+                .map_err(|source| DevicesError::Slot { id: id.clone(), source })?;
+            log::info!("device {id} is in slot {}", slot.number());
+            all.push(device);
+        }
+        Ok(Self { bus, all })
+    }
+
+    /// Puts the PCI bus where vCPUs find it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if something else is there.
+    pub fn register(&self, pio: &mut BusBuilder, mmio: &mut BusBuilder) -> Result<(), BusError> {
+        let bus = || Arc::clone(&self.bus);
+        pio.insert(PCI_CONFIG_PORT, PCI_CONFIG_PORTS, Arc::new(ConfigPorts::new(bus())))?;
+        mmio.insert(layout::ECAM.start, ECAM_LEN_BYTES, Arc::new(Ecam::new(bus())))?;
+        for window in [MmioWindow::low(bus()), MmioWindow::high(bus())] {
+            let range = window.range();
+            mmio.insert(range.start, range.len_bytes, Arc::new(window))?;
+        }
+        Ok(())
+    }
+
+    /// What is readable when a device wants [`Devices::process`], in order.
+    pub fn ready_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.all.iter().map(VirtioDevice::ready_fd)
+    }
+
+    /// Lets device `index` do what is to do.
+    pub fn process(&mut self, index: usize, memory: &GuestMemoryMmap) {
+        if let Some(device) = self.all.get_mut(index) {
+            device.process(memory);
+        }
+    }
+
+    /// Back to power-on, with every vCPU stopped; backends keep their connections.
+    pub fn reset(&mut self) {
+        for device in &mut self.all {
+            device.reset();
+        }
+        self.bus.reset();
+    }
+}
