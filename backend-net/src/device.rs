@@ -223,10 +223,10 @@ impl NetWorker {
 
     fn transmit(&mut self, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
         self.waits.room = false;
-        if rings.ring(self.transmit_queue()).is_none() {
-            return Ok(());
-        }
         if !self.attached {
+            let Some(ring) = rings.ring(self.transmit_queue()) else { return Ok(()) };
+            let Some(chain) = ring.pop()? else { return Ok(()) };
+            ring.unpop(chain);
             // Who sends on a pair uses it: if this process was replaced, nobody repeats the
             // command that said so.
             self.pairs.set_active(self.pairs.active().max(self.pair + 1));
