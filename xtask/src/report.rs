@@ -7,3 +7,11 @@ use std::io::{self, Write};
 pub fn say(line: &str) {
     drop(writeln!(io::stderr().lock(), "xtask: {line}"));
 }
+
+/// Prints one line of a task's result on standard output.
+///
+/// # Errors
+/// Standard output is closed.
+pub fn result(line: &str) -> io::Result<()> {
+    writeln!(io::stdout().lock(), "{line}")
+}

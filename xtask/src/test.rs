@@ -11,7 +11,7 @@ use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use crate::packages::machine;
-use crate::report::say;
+use crate::report::{result, say};
 use crate::{test_bare, test_linux};
 
 /// A layer of tests, by what it needs.
@@ -40,7 +40,8 @@ impl Tally {
     fn read(&mut self, line: &str) {
         let Some(rest) = line.trim().strip_prefix("test result: ") else { return };
         let count = |what: &str| {
-            let words: Vec<_> = rest.split([' ', ';', '.']).filter(|word| !word.is_empty()).collect();
+            let words: Vec<_> =
+                rest.split([' ', ';', '.']).filter(|word| !word.is_empty()).collect();
             let at = words.iter().position(|word| *word == what)?;
             words.get(at.checked_sub(1)?)?.parse::<u32>().ok()
         };
@@ -85,7 +86,7 @@ pub fn run(root: &Path, arguments: &TestArguments) -> Result<bool> {
         say(&format!("layer {layer:?}: {minutes:.1} minutes"));
     }
     let Tally { passed, failed, skipped } = tally;
-    println!("{passed} passed, {failed} failed, {skipped} skipped");
+    result(&format!("{passed} passed, {failed} failed, {skipped} skipped"))?;
     Ok(failed == 0)
 }
 
@@ -123,7 +124,8 @@ pub(crate) fn cargo(root: &Path) -> Command {
 /// Fails if the build does.
 pub(crate) fn build_bare_guest(root: &Path) -> Result<()> {
     let folder = root.join("tests/bare-guest");
-    let status = Command::new(env!("CARGO")).args(["build", "--quiet"]).current_dir(folder).status();
+    let status =
+        Command::new(env!("CARGO")).args(["build", "--quiet"]).current_dir(folder).status();
     ensure!(status.context("cargo")?.success(), "the bare guest does not build");
     Ok(())
 }

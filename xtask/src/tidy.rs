@@ -9,6 +9,8 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use crate::report::say;
+
 /// Which crates of the workspace each crate may depend on.
 const CRATE_GRAPH: &[(&str, &[&str])] = &[
     ("nacre-proto", &[]),
@@ -59,16 +61,17 @@ pub fn run(root: &Path) -> Result<()> {
     let files = tracked_files(root)?;
     for file in files.iter().filter(|file| file.ends_with(".rs")) {
         let text = fs::read_to_string(root.join(file)).with_context(|| file.clone())?;
-        findings.extend(check_source(file, &text).into_iter().map(|what| format!("{file}: {what}")));
+        findings
+            .extend(check_source(file, &text).into_iter().map(|what| format!("{file}: {what}")));
     }
     findings.extend(check_metadata(&metadata(root)?)?);
     let map = fs::read_to_string(root.join("ARCHITECTURE.md")).context("ARCHITECTURE.md")?;
     findings.extend(check_map(root, &map));
     for finding in &findings {
-        eprintln!("tidy: {finding}");
+        say(&format!("tidy: {finding}"));
     }
     ensure!(findings.is_empty(), "tidy found {}", findings.len());
-    println!("tidy: {} files, nothing found", files.len());
+    say(&format!("tidy: {} files, nothing found", files.len()));
     Ok(())
 }
 
@@ -156,11 +159,7 @@ fn check_metadata(metadata: &Value) -> Result<Vec<String>> {
     Ok(findings)
 }
 
-fn check_dependencies(
-    name: &str,
-    package: &Value,
-    graph: &BTreeMap<&str, &[&str]>,
-) -> Vec<String> {
+fn check_dependencies(name: &str, package: &Value, graph: &BTreeMap<&str, &[&str]>) -> Vec<String> {
     let Some(may) = graph.get(name) else {
         return vec![format!("{name} is not in the crate graph")];
     };
@@ -191,7 +190,10 @@ fn check_map(root: &Path, map: &str) -> Vec<String> {
         .step_by(2)
         .filter(|quoted| {
             let top = quoted.split('/').next().unwrap_or("");
-            quoted.contains('/') && !quoted.contains([' ', '*', '<']) && root.join(top).is_dir() && !top.is_empty()
+            quoted.contains('/')
+                && !quoted.contains([' ', '*', '<'])
+                && root.join(top).is_dir()
+                && !top.is_empty()
         })
         .filter(|path| !root.join(path).exists())
         .map(|path| format!("ARCHITECTURE.md: {path} does not exist"))
@@ -205,7 +207,10 @@ mod tests {
     #[test]
     fn a_source_file_opens_with_its_purpose() {
         assert!(check_source("a/src/b.rs", "//! Why.\n").is_empty());
-        assert!(check_source("a/src/sys.rs", "#![expect(unsafe_code, reason = \"x\")]\n//! Why.\n").is_empty());
+        assert!(
+            check_source("a/src/sys.rs", "#![expect(unsafe_code, reason = \"x\")]\n//! Why.\n")
+                .is_empty()
+        );
         assert_eq!(check_source("a/src/b.rs", "use std::io;\n").len(), 1);
         assert_eq!(check_source("a/src/utils.rs", "//! Why.\n").len(), 1);
     }

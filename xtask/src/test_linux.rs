@@ -1,0 +1,77 @@
+//! The layers with real Linux guests: on the KVM host, and under QEMU on this machine.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::cache::Cache;
+use crate::guest_image::{GuestImage, busybox_rootfs};
+use crate::packages::kernel::Kernel;
+use crate::packages::tree::Tree;
+use crate::programs::Programs;
+use crate::shell_image;
+use crate::test::{Tally, build_bare_guest, build_test, count_tests};
+
+/// What a guest needs, as variables for a test program.
+fn variables(cache: &Cache, programs: &Programs) -> Result<Vec<(&'static str, PathBuf)>> {
+    let guest = GuestImage::prepare(cache, &programs.agent)?;
+    let rootfs = busybox_rootfs(cache)?;
+    let shell = shell_image::prepare(cache, &Kernel::prepare(cache)?, &rootfs)?;
+    Ok(vec![
+        ("NACRE_KERNEL", guest.kernel),
+        ("NACRE_INITRAMFS", guest.initramfs),
+        ("NACRE_SHELL_INITRAMFS", shell),
+        ("NACRE_ROOTFS", rootfs),
+        ("NACRE_BIN_DIR", programs.folder.clone()),
+    ])
+}
+
+/// Builds everything and runs the Linux tests on the KVM host.
+pub(crate) fn run(root: &Path, filter: &[String], tally: &mut Tally) -> Result<Option<String>> {
+    let cache = Cache::open()?;
+    let programs = Programs::build()?;
+    let test = build_test(root, "linux")?;
+    // This same program knows how to run a command on whichever host there is.
+    let mut command = Command::new(env::current_exe().context("my own program")?);
+    command.arg("host").arg("--bind").arg(cache.root());
+    for (name, value) in variables(&cache, &programs)? {
+        command.arg("--env").arg(format!("{name}={}", value.display()));
+    }
+    // One sandbox at a time: two processors, which may themselves be emulated, are what there is.
+    command.arg("--").arg(test).arg("--test-threads=1").args(filter);
+    count_tests(&mut command, tally)?;
+    Ok(None)
+}
+
+/// Builds everything and runs the interoperation tests on this machine.
+pub(crate) fn interop(root: &Path, filter: &[String], tally: &mut Tally) -> Result<Option<String>> {
+    let cache = Cache::open()?;
+    let programs = Programs::build()?;
+    build_bare_guest(root)?;
+    let test = build_test(root, "interop")?;
+    let tree = Tree::prepare(&cache, &Kernel::prepare(&cache)?)?;
+    let firmware = ["usr/share/qemu", "usr/share/seabios"].map(|folder| tree.path(folder));
+    let mut qemu = words(&tree.command("usr/bin/qemu-system-x86_64"));
+    for folder in firmware {
+        qemu.push(format!(" -L {}", folder.display()));
+    }
+    let mut command = Command::new(test);
+    command.arg("--test-threads=1").args(filter).envs(variables(&cache, &programs)?);
+    command.env("NACRE_QEMU", qemu);
+    command.env("NACRE_QSD", words(&tree.command("usr/bin/qemu-storage-daemon")));
+    count_tests(&mut command, tally)?;
+    Ok(None)
+}
+
+/// A command as words for another program's variable; no part of it has spaces.
+fn words(command: &Command) -> OsString {
+    let mut words = command.get_program().to_owned();
+    for argument in command.get_args() {
+        words.push(" ");
+        words.push(argument);
+    }
+    words
+}
