@@ -1,17 +1,12 @@
 //! The frontend against whole programs: a disk of QEMU's, and our own, killed in the end.
 
-use std::ffi::OsString;
 use std::fs::File;
-use std::io;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::path::Path;
 
 use core_vmm::virtio::{DeviceConfig, DeviceKind};
-use tempfile::TempDir;
 
 use crate::guest::Guest;
+use crate::program::{Program, built};
 use crate::{NEEDS_RESET, negotiate};
 
 const BLOCK: DeviceKind = DeviceKind(2);
@@ -23,49 +18,9 @@ const WRITE: u32 = 1;
 const FLUSH: u32 = 4;
 const OK: u8 = 0;
 
-/// A program that serves a disk, killed at the end.
-struct Program {
-    child: Child,
-    socket: UnixStream,
-    _folder: TempDir,
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-/// `None`, and a word about it, if there is no such program.
-fn start(program: &Path, arguments: impl Fn(&Path, &Path) -> Vec<OsString>) -> Option<Program> {
-    let folder = tempfile::tempdir().unwrap();
-    let (image, socket) = (folder.path().join("image"), folder.path().join("socket"));
-    File::create(&image).unwrap().set_len(SECTORS * SECTOR_BYTES as u64).unwrap();
-    let started =
-        Command::new(program).args(arguments(&image, &socket)).stdin(Stdio::null()).spawn();
-    let child = match started {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            eprintln!("SKIPPED: there is no {}", program.display());
-            return None;
-        }
-        other => other.unwrap(),
-    };
-    let deadline = Instant::now() + Duration::from_secs(20);
-    let socket = loop {
-        match UnixStream::connect(&socket) {
-            Ok(socket) => break socket,
-            Err(error) => {
-                assert!(Instant::now() < deadline, "{program:?} does not listen: {error}");
-            }
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    };
-    Some(Program { child, socket, _folder: folder })
-}
-
 fn qemu_storage_daemon() -> Option<Program> {
-    start(Path::new("qemu-storage-daemon"), |image, socket| {
+    Program::start(Path::new("qemu-storage-daemon"), |image, socket| {
+        File::create(image).unwrap().set_len(SECTORS * SECTOR_BYTES as u64).unwrap();
         let (image, socket) = (image.display(), socket.display());
         let export = format!(
             "vhost-user-blk,id=e,node-name=d,writable=on,addr.type=unix,addr.path={socket}"
@@ -75,13 +30,9 @@ fn qemu_storage_daemon() -> Option<Program> {
     })
 }
 
-/// Next to the tests, if it was built.
 fn nacre_blk() -> Option<Program> {
-    let mut program: PathBuf = std::env::current_exe().unwrap();
-    program.pop();
-    program.pop();
-    program.push("nacre-blk");
-    start(&program, |image, socket| {
+    Program::start(&built("nacre-blk"), |image, socket| {
+        File::create(image).unwrap().set_len(SECTORS * SECTOR_BYTES as u64).unwrap();
         vec!["--disk".into(), image.into(), "--socket-path".into(), socket.into()]
     })
 }
@@ -123,7 +74,7 @@ fn use_and_lose(mut program: Program) {
         assert_eq!(request(&mut guest, READ, 7, &[]), [round; SECTOR_BYTES]);
         assert_eq!(request(&mut guest, READ, 8, &[]), [0; SECTOR_BYTES]);
     }
-    program.child.kill().unwrap();
+    program.kill();
     guest.run_until("it is noticed", |guest| guest.status() == 15 | NEEDS_RESET);
     assert!(guest.is_quiet());
 }

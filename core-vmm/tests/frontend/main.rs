@@ -9,6 +9,8 @@
 mod disk;
 mod echo;
 mod guest;
+mod program;
+mod programs;
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
