@@ -94,7 +94,7 @@ impl Agent {
     ///
     /// Fails if the agent does not answer, or speaks another protocol.
     pub async fn connect(vsock: &Path, limit: Duration) -> Result<Self, AgentError> {
-        let stream = timeout(ATTEMPT, hybrid_vsock::connect(vsock, AGENT_PORT))
+        let stream = timeout(ATTEMPT.min(limit), hybrid_vsock::connect(vsock, AGENT_PORT))
             .await
             .map_err(|_elapsed| AgentError::Mute)??;
         let client = AgentClient::new(Client::new(Socket::new(stream)));

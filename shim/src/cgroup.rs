@@ -110,14 +110,18 @@ pub fn remove(path: &Path) {
     let deadline = Instant::now() + EMPTY_WITHIN;
     loop {
         match fs::remove_dir(path) {
-            Ok(()) => return,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            Ok(()) => break,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
             Err(error) if Instant::now() > deadline => {
                 log::warn!("can't remove cgroup {}: {error}", path.display());
                 return;
             }
             Err(_busy) => thread::sleep(Duration::from_millis(10)),
         }
+    }
+    // The folder above is everybody's: it stays as long as somebody is in it.
+    if let Some(Err(error)) = path.parent().map(fs::remove_dir) {
+        log::debug!("the sandboxes' cgroup stays: {error}");
     }
 }
 

@@ -25,6 +25,9 @@ use crate::{
     sys,
 };
 
+/// How many of a child's last lines are repeated when everything is told.
+const DEBUG_LINES: usize = 100;
+
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
@@ -246,6 +249,11 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
+        if log::log_enabled!(log::Level::Debug)
+            && let Some(said) = log_file::tail(&self.log, DEBUG_LINES)
+        {
+            log::debug!("{} said at the end:\n{said}", self.name);
+        }
         end_group(&self.name, self.pid, &mut self.process);
     }
 }

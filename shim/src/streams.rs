@@ -66,7 +66,26 @@ pub struct Streams {
     input: JoinSet<()>,
     outputs: JoinSet<()>,
     written: Written,
-    moved_bytes: Arc<AtomicU64>,
+    flow: Arc<Flow>,
+}
+
+/// How the output moves. Shared: the tasks count, and who waits for the end looks whether they do.
+#[derive(Debug, Default)]
+struct Flow {
+    read_bytes: AtomicU64,
+    /// Streams that wait for somebody here to take what was read.
+    waiting: AtomicU64,
+}
+
+impl Flow {
+    /// Whether nothing is on its way, and nothing was read since `seen` bytes.
+    fn rests(&self, seen: u64) -> bool {
+        self.waiting.load(Ordering::Relaxed) == 0 && self.read() == seen
+    }
+
+    fn read(&self) -> u64 {
+        self.read_bytes.load(Ordering::Relaxed)
+    }
 }
 
 impl Streams {
@@ -83,46 +102,42 @@ impl Streams {
     ) -> Result<Self, StreamError> {
         let Ends { input, outputs, terminal, size: _ } = ends;
         let Outputs { output, error, written } = outputs;
-        // Shared: the tasks add, and who waits for the end looks whether they still do.
-        let moved_bytes = Arc::new(AtomicU64::new(0));
+        let flow = Arc::new(Flow::default());
         let mut streams = Self {
             input: JoinSet::new(),
             outputs: JoinSet::new(),
             written,
-            moved_bytes: Arc::clone(&moved_bytes),
+            flow: Arc::clone(&flow),
         };
         if let Some(input) = input {
             let stream = open(vsock, process, Stream::Stdin).await?;
             streams.input.spawn(send(input, stream));
         }
         let stdout = open(vsock, process, Stream::Stdout).await?;
-        streams.outputs.spawn(receive(stdout, output, Arc::clone(&moved_bytes)));
+        streams.outputs.spawn(receive(stdout, output, Arc::clone(&flow)));
         if !terminal {
             let stderr = open(vsock, process, Stream::Stderr).await?;
-            streams.outputs.spawn(receive(stderr, error, moved_bytes));
+            streams.outputs.spawn(receive(stderr, error, flow));
         }
         Ok(streams)
     }
 
-    /// After the end of the process: waits until all that it printed is written. A stream that
-    /// neither ends nor moves for `patience` is given up.
+    /// After the end of the process: waits until all that it printed is written, however slowly it
+    /// is taken here. A stream that the guest neither ends nor moves for `patience` is given up.
     pub async fn finish(self, patience: Duration) {
-        let Self { input, mut outputs, written, moved_bytes } = self;
+        let Self { input, mut outputs, written, flow } = self;
         drop(input);
-        let mut seen = moved_bytes.load(Ordering::Relaxed);
+        let mut seen = flow.read();
         while !outputs.is_empty() {
             let ended = timeout(patience, outputs.join_next()).await;
-            let moved = moved_bytes.load(Ordering::Relaxed);
-            if ended.is_err() && moved == seen {
+            if ended.is_err() && flow.rests(seen) {
                 log::warn!("a stream of the ended process stays open: its rest is given up");
                 break;
             }
-            seen = moved;
+            seen = flow.read();
         }
         drop(outputs);
-        if timeout(patience, written.wait()).await.is_err() {
-            log::warn!("nobody takes the rest of the output");
-        }
+        written.wait().await;
     }
 }
 
@@ -159,21 +174,104 @@ async fn send(mut input: Input, mut stream: UnixStream) {
     std::future::pending::<()>().await;
 }
 
-async fn receive(mut stream: UnixStream, output: Output, moved_bytes: Arc<AtomicU64>) {
+async fn receive(mut stream: UnixStream, output: Output, flow: Arc<Flow>) {
     let mut buffer = vec![0; CHUNK_BYTES];
     loop {
         match stream.read(&mut buffer).await {
             Ok(0) => return,
             Ok(read) => {
                 // Without a taker the stream is still emptied: the process is not to be stopped.
+                flow.read_bytes.fetch_add(u64::try_from(read).unwrap_or(1), Ordering::Relaxed);
+                flow.waiting.fetch_add(1, Ordering::Relaxed);
                 let taken = output.write(&buffer[..read]).await;
+                flow.waiting.fetch_sub(1, Ordering::Relaxed);
                 log::trace!("{read} bytes, taken: {taken}");
-                moved_bytes.fetch_add(u64::try_from(read).unwrap_or(1), Ordering::Relaxed);
             }
             Err(error) => {
                 log::debug!("an output stream broke: {error}");
                 return;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, time::Instant};
+
+    use nacre_proto::stream::HEADER_BYTES;
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    /// Takes one stream connection, as the backend and the agent would.
+    async fn accept(listener: &UnixListener) -> (Hello, UnixStream) {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut line = Vec::new();
+        while line.last() != Some(&b'\n') {
+            line.push(stream.read_u8().await.unwrap());
+        }
+        assert_eq!(line, b"CONNECT 1025\n");
+        stream.write_all(b"OK 1\n").await.unwrap();
+        let mut frame = vec![0; HEADER_BYTES];
+        stream.read_exact(&mut frame).await.unwrap();
+        let ids = usize::from(frame[6]) + usize::from(frame[7]);
+        frame.resize(HEADER_BYTES + ids, 0);
+        stream.read_exact(&mut frame[HEADER_BYTES..]).await.unwrap();
+        (Hello::decode(&frame).unwrap(), stream)
+    }
+
+    fn process() -> ProcessId {
+        ProcessId { container: "web".to_owned(), exec: String::new() }
+    }
+
+    fn ends(folder: &Path, input: Option<Input>, terminal: bool) -> Ends {
+        let file = |name| File::create(folder.join(name)).unwrap();
+        let outputs = Outputs::to_files(file("out"), file("err")).unwrap();
+        Ends { input, outputs, terminal, size: None }
+    }
+
+    #[tokio::test]
+    async fn each_stream_carries_its_own_bytes_to_the_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vsock");
+        let listener = UnixListener::bind(&path).unwrap();
+        std::fs::write(folder.path().join("in"), vec![7; 300_000]).unwrap();
+        let input = Input::from_file(File::open(folder.path().join("in")).unwrap()).unwrap();
+        let guest = async {
+            let (hello, mut stdin) = accept(&listener).await;
+            assert_eq!((hello.stream, hello.container_id.as_str()), (Stream::Stdin, "web"));
+            let (hello, mut stdout) = accept(&listener).await;
+            assert_eq!((hello.stream, hello.offset), (Stream::Stdout, 0));
+            let (hello, mut stderr) = accept(&listener).await;
+            assert_eq!(hello.stream, Stream::Stderr);
+            let mut all = Vec::new();
+            stdin.read_to_end(&mut all).await.unwrap();
+            stdout.write_all(&all).await.unwrap();
+            stderr.write_all(b"oops").await.unwrap();
+        };
+        let process = process();
+        let ends = ends(folder.path(), Some(input), false);
+        let ((), streams) = tokio::join!(guest, Streams::connect(&path, &process, ends));
+        streams.unwrap().finish(Duration::from_secs(60)).await;
+        assert!(std::fs::read(folder.path().join("out")).unwrap() == vec![7; 300_000]);
+        assert_eq!(std::fs::read(folder.path().join("err")).unwrap(), b"oops");
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_the_guest_never_ends_is_given_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vsock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let process = process();
+        let ends = ends(folder.path(), None, true);
+        let (streams, (_, mut stdout)) =
+            tokio::join!(Streams::connect(&path, &process, ends), accept(&listener));
+        stdout.write_all(b"said").await.unwrap();
+        let begun = Instant::now();
+        streams.unwrap().finish(Duration::from_millis(50)).await;
+        assert!(begun.elapsed() >= Duration::from_millis(50));
+        assert_eq!(std::fs::read(folder.path().join("out")).unwrap(), b"said");
+        drop(stdout);
     }
 }

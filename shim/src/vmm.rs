@@ -4,6 +4,7 @@
 use std::{
     io,
     os::fd::OwnedFd,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -33,6 +34,8 @@ use crate::{
 
 /// How much of what the guest's kernel prints is kept, in bytes; once more before that.
 const CONSOLE_BYTES: u64 = 1 << 20;
+/// How many of the console's last lines are repeated when everything is told.
+const DEBUG_LINES: usize = 60;
 /// One request is outstanding at a time, so one id will do.
 const REQUEST_ID: u64 = 1;
 
@@ -70,6 +73,7 @@ pub struct Vmm {
     child: Child,
     control: AsyncFd<OwnedFd>,
     console_bytes: watch::Receiver<u64>,
+    console_log: PathBuf,
     // Aborted with the VMM.
     _console: JoinSet<()>,
     started: Instant,
@@ -130,7 +134,14 @@ impl Vmm {
         let (sender, console_bytes) = watch::channel(0);
         let mut tasks = JoinSet::new();
         tasks.spawn(listen(console, file, sender));
-        Ok(Self { child, control, console_bytes, _console: tasks, started: Instant::now() })
+        Ok(Self {
+            child,
+            control,
+            console_bytes,
+            console_log: surroundings.files.console(),
+            _console: tasks,
+            started: Instant::now(),
+        })
     }
 
     /// Its process.
@@ -186,6 +197,16 @@ impl Vmm {
             if reply.id == REQUEST_ID {
                 return Ok(reply.outcome);
             }
+        }
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        if log::log_enabled!(log::Level::Debug)
+            && let Some(said) = log_file::tail(&self.console_log, DEBUG_LINES)
+        {
+            log::debug!("the guest's console ends with:\n{said}");
         }
     }
 }

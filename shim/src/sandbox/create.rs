@@ -1,43 +1,25 @@
 //! The steps of making a sandbox, one type each. See [`crate::sandbox`] for the chain.
 
-use std::{
-    fs::File,
-    io::Read,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
-};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use nacre_proto::{
-    agent::{ConfigureSandboxRequest, CreateContainerRequest, Interface, Route},
-    exit::VmmExit,
-};
-use tokio::time::{sleep, timeout};
+use nacre_proto::agent::CreateContainerRequest;
 
 use crate::{
-    agent::{Agent, AgentError, ProcessId},
-    backends::{BackendError, Backends, Surroundings, VmmEnd},
-    child::{Child, ChildError, End},
+    agent::{Agent, ProcessId},
+    backends::{Backends, Surroundings, VmmEnd},
+    child::Child,
     fault::{self, Step},
-    log_file,
-    network::address::{PREFIX_BITS, Pair},
     paths::SandboxFiles,
     plan::SandboxPlan,
     record::{Phase, ProcessRecord, Record, VERSION},
     sandbox::{Running, SandboxError, Settings, host::HostResources},
     streams::{Ends, Streams},
     timing::Timeline,
-    vmm::{self, Vmm},
+    vmm::Vmm,
 };
 
 /// The longest path of a socket, in bytes (unix(7)).
 const SOCKET_PATH_BYTES: usize = 107;
-/// The pause between two attempts to reach the agent.
-const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(20);
-/// How many times the agent's time-out the guest may take although it makes progress.
-const BOOT_FACTOR: u32 = 10;
-/// How long to wait for the death that explains another one.
-const EXPLANATION: Duration = Duration::from_secs(2);
-/// How many lines of the guest's console an error carries.
-const CONSOLE_LINES: usize = 12;
 
 /// Decided, and nothing made.
 #[derive(Debug)]
@@ -195,178 +177,10 @@ pub struct VmUp {
     pub(super) base: Base,
 }
 
-impl VmUp {
-    /// Resolves when a process that the sandbox can't do without has ended, with the reason.
-    async fn death(&self) -> SandboxError {
-        tokio::select! {
-            end = self.vmm.child().ended() => match end {
-                Ok(end) => self.vmm_ended(end).await,
-                Err(error) => BackendError::Child(ChildError::Watch {
-                    name: "nacre-vmm".to_owned(),
-                    source: error,
-                }).into(),
-            },
-            error = self.backends.ended() => self.backend_ended(error).await,
-        }
-    }
-
-    async fn vmm_ended(&self, end: End) -> SandboxError {
-        if matches!(vmm::meaning(end), Some(VmmExit::Backend | VmmExit::Failed)) {
-            let backend = timeout(EXPLANATION, self.backends.ended()).await;
-            if let Ok(error @ BackendError::Ended { end, .. }) = backend
-                && end != End::Code(0)
-            {
-                return error.into();
-            }
-        }
-        SandboxError::VmmEnded {
-            end,
-            last_words: self.vmm.child().last_words(),
-            console: self.console_tail(),
-        }
-    }
-
-    async fn backend_ended(&self, error: BackendError) -> SandboxError {
-        // A backend whose connection is over ends in order: then it was the VMM that went first.
-        if let BackendError::Ended { end: End::Code(0), .. } = error
-            && let Some(end) = self.vmm.child().ended_within(EXPLANATION).await
-        {
-            return SandboxError::VmmEnded {
-                end,
-                last_words: self.vmm.child().last_words(),
-                console: self.console_tail(),
-            };
-        }
-        error.into()
-    }
-
-    fn console_tail(&self) -> Option<String> {
-        log_file::tail(&self.base.files.console(), CONSOLE_LINES)
-    }
-
-    /// Waits for `work` and for the death of a process; a death explains a broken connection.
-    pub(super) async fn guarded<T, E: Into<SandboxError>>(
-        &self,
-        work: impl Future<Output = Result<T, E>>,
-    ) -> Result<T, SandboxError> {
-        let error = tokio::select! {
-            biased;
-            result = work => match result {
-                Ok(value) => return Ok(value),
-                Err(error) => error.into(),
-            },
-            death = self.death() => return Err(death),
-        };
-        let broken = matches!(
-            error,
-            SandboxError::Agent(
-                AgentError::Lost { .. } | AgentError::Unreachable(_) | AgentError::Mute
-            ) | SandboxError::Stream(_)
-        );
-        if broken && let Ok(death) = timeout(EXPLANATION, self.death()).await {
-            return Err(death);
-        }
-        Err(error)
-    }
-
-    /// Waits for the guest's agent and configures the guest.
-    ///
-    /// # Errors
-    ///
-    /// Fails if a process ends, or the guest boots for too long without a sign of progress.
-    pub async fn connect_agent(mut self) -> Result<AgentUp, SandboxError> {
-        let agent = self.reach_agent().await?;
-        self.base.timeline.mark("agent ready");
-        fault::point(Step::Agent)?;
-        let request = self.configuration()?;
-        self.guarded(agent.configure(&request)).await?;
-        self.base.timeline.mark("guest configured");
-        fault::point(Step::Configure)?;
-        Ok(AgentUp { agent, vm: self })
-    }
-
-    async fn reach_agent(&self) -> Result<Agent, SandboxError> {
-        let limit = self.base.settings.agent_timeout;
-        let vsock = self.base.files.vsock();
-        let mut console = self.vmm.console();
-        let begun = Instant::now();
-        let mut last_progress = begun;
-        loop {
-            let attempt = tokio::select! {
-                attempt = Agent::connect(&vsock, limit) => attempt,
-                death = self.death() => return Err(death),
-            };
-            let silent = match attempt {
-                Ok(agent) => return Ok(agent),
-                Err(error @ AgentError::Version(_)) => return Err(error.into()),
-                Err(error) => {
-                    log::trace!("no agent yet: {error}");
-                    // The connection was taken and then nothing came: that is not booting.
-                    matches!(error, AgentError::Lost { .. })
-                }
-            };
-            if console.has_changed().unwrap_or(false) {
-                console.mark_unchanged();
-                last_progress = Instant::now();
-            }
-            let waited = last_progress.elapsed();
-            if (silent && begun.elapsed() >= limit)
-                || waited >= limit
-                || begun.elapsed() >= limit * BOOT_FACTOR
-            {
-                return Err(SandboxError::AgentSilent { waited, console: self.console_tail() });
-            }
-            tokio::select! {
-                () = sleep(BETWEEN_ATTEMPTS) => {}
-                death = self.death() => return Err(death),
-            }
-        }
-    }
-
-    fn configuration(&self) -> Result<ConfigureSandboxRequest, SandboxError> {
-        let plan = &self.base.plan;
-        let mut seed = vec![0; 64];
-        File::open("/dev/urandom")
-            .and_then(|mut file| file.read_exact(&mut seed))
-            .map_err(SandboxError::Random)?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let (interfaces, routes) = match &self.host.network {
-            None => (Vec::new(), Vec::new()),
-            Some(network) => interface(network.pair),
-        };
-        Ok(ConfigureSandboxRequest {
-            hostname: plan.hostname.clone(),
-            realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
-            random_seed: seed,
-            interfaces,
-            routes,
-            nameservers: plan.nameservers.iter().map(ToString::to_string).collect(),
-            storages: plan.storages.clone(),
-            ..ConfigureSandboxRequest::default()
-        })
-    }
-}
-
-fn interface(pair: Pair) -> (Vec<Interface>, Vec<Route>) {
-    let interface = Interface {
-        mac: pair.mac(),
-        name: "eth0".to_owned(),
-        mtu: 1500,
-        addresses: vec![format!("{}/{PREFIX_BITS}", pair.guest())],
-        ..Interface::default()
-    };
-    let route = Route {
-        gateway: pair.host().to_string(),
-        interface: "eth0".to_owned(),
-        ..Route::default()
-    };
-    (vec![interface], vec![route])
-}
-
 /// The guest is ready for containers.
 pub struct AgentUp {
-    agent: Agent,
-    vm: VmUp,
+    pub(super) agent: Agent,
+    pub(super) vm: VmUp,
 }
 
 impl AgentUp {

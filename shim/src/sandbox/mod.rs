@@ -1,12 +1,12 @@
 //! The life of a sandbox, as a chain of types that consume each other:
 //!
 //! ```text
-//!  Planned ── claim ─────────────▶ Claimed      the name, its folder, network and cgroup
-//!          ── spawn_backends ────▶ BackendsUp   one process a device, side by side, all ready
-//!          ── start_vmm ─────────▶ VmUp         the guest boots
-//!          ── connect_agent ─────▶ AgentUp      the agent answers, the guest is configured
-//!          ── start_container ───▶ Running      the program runs, its streams move
-//!          ── supervise ─────────▶ Ended        exit code; everything is gone
+//!  Planned -- claim -------------> Claimed      the name, its folder, network and cgroup
+//!          -- spawn_backends ----> BackendsUp   one process a device, side by side, all ready
+//!          -- start_vmm ---------> VmUp         the guest boots
+//!          -- connect_agent -----> AgentUp      the agent answers, the guest is configured
+//!          -- start_container ---> Running      the program runs, its streams move
+//!          -- supervise ---------> Ended        exit code; everything is gone
 //! ```
 //!
 //! Each value owns what its step made and, behind it, the value before. So dropping any of them, on
@@ -14,12 +14,14 @@
 //! VMM, the backends, network and cgroup, the folder. From the VMM's start on, every wait is also
 //! a wait for the death of a process, and a death is reported as what it is.
 
+mod connect;
 mod create;
 mod error;
 mod host;
 mod run;
 mod signals;
 mod stop;
+mod watch;
 
 use std::{path::PathBuf, time::Duration};
 

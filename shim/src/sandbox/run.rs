@@ -81,22 +81,18 @@ impl Running {
     /// Fails if a process of the sandbox ends before the container does.
     pub async fn supervise(
         mut self,
-        requests: mpsc::Receiver<Request>,
+        mut requests: mpsc::Receiver<Request>,
     ) -> Result<(Ended, HostResources), SandboxError> {
         if self.vm.base.settings.measure {
             self.measure().await;
         }
-        let outcome = self.until_end(requests).await?;
+        let outcome = self.until_end(&mut requests).await?;
         let Self { process, agent, streams, mut vm } = self;
         vm.base.timeline.mark("program ended");
         let code = match outcome {
             Outcome::GivenUp => KILLED,
             Outcome::Process(end) => {
-                let drained = async {
-                    streams.finish(DRAINED_WITHIN).await;
-                    Ok::<(), SandboxError>(())
-                };
-                vm.guarded(drained).await?;
+                drain(&vm, streams, &mut requests).await;
                 shut_down(&vm, &agent, &process).await;
                 if end.out_of_memory && end.code == KILLED {
                     RunExit::OutOfMemory.into()
@@ -114,7 +110,7 @@ impl Running {
 
     async fn until_end(
         &self,
-        mut requests: mpsc::Receiver<Request>,
+        requests: &mut mpsc::Receiver<Request>,
     ) -> Result<Outcome, SandboxError> {
         let wait = self.vm.guarded(self.agent.wait(&self.process));
         tokio::pin!(wait);
@@ -180,6 +176,29 @@ async fn at(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => sleep_until(deadline).await,
         None => future::pending().await,
+    }
+}
+
+/// Waits for the rest of the output. The end of the program is known, so neither a death nor a
+/// signal changes the exit code any more.
+async fn drain(vm: &VmUp, streams: Streams, requests: &mut mpsc::Receiver<Request>) {
+    let drained = async {
+        streams.finish(DRAINED_WITHIN).await;
+        Ok::<(), SandboxError>(())
+    };
+    let signal = async {
+        while let Some(request) = requests.recv().await {
+            if let Request::Signal(signal) = request {
+                return signal;
+            }
+        }
+        future::pending().await
+    };
+    tokio::select! {
+        drained = vm.guarded(drained) => if let Err(error) = drained {
+            log::warn!("the program ended, and then: {error}");
+        },
+        signal = signal => log::warn!("signal {signal}: the rest of the output is given up"),
     }
 }
 

@@ -21,7 +21,7 @@ pub(super) enum Reaction {
 /// How patient the supervisor still is.
 ///
 /// ```text
-///   Calm ── SIGINT, SIGTERM: forward ─▶ Asked ── another, or 10 s: kill ─▶ Forced ── another: tear down
+///   Calm -- SIGINT, SIGTERM: forward -> Asked -- another, or 10 s: kill -> Forced -- another: tear down
 /// ```
 ///
 /// Other signals are forwarded in every state.

@@ -41,14 +41,14 @@ pub(crate) fn exec(args: &Exec) -> Result<u8, Failure> {
     runtime()?.block_on(async {
         let mut config = ProcessConfig {
             arguments: args.command.clone(),
-            env: record.env.clone(),
+            env: inherited(&record, args.process.user.is_some()),
             ..ProcessConfig::default()
         };
         prepare::apply(&args.process, &mut config);
         let agent = Agent::connect(&files.vsock(), CALL).await.map_err(|e| of_agent(&e))?;
         let process = ProcessId { container: args.name.to_string(), exec: exec_id()? };
         let local_terminal = if config.terminal { terminal::of_stdin() } else { None };
-        let requests = signals::listen(local_terminal.is_some())
+        let mut requests = signals::listen(local_terminal.is_some())
             .map_err(|error| Failure::setup("can't listen to signals", error))?;
         let request = ExecRequest {
             container_id: process.container.clone(),
@@ -62,15 +62,24 @@ pub(crate) fn exec(args: &Exec) -> Result<u8, Failure> {
         let streams = start(&agent, &process, &config).await?;
         let raw = local_terminal.map(Raw::enter).transpose();
         let raw = raw.map_err(|error| Failure::setup("the terminal", error))?;
-        let end = until_end(&agent, &process, requests).await;
+        let end = until_end(&agent, &process, &mut requests).await;
         drop(raw);
         let end = end.map_err(|error| of_agent(&error))?;
-        streams.finish(DRAINED_WITHIN).await;
+        tokio::select! {
+            () = streams.finish(DRAINED_WITHIN) => {}
+            () = a_signal(&mut requests) => log::warn!("the rest of the output is given up"),
+        }
         if let Err(error) = agent.delete(&process).await {
             log::debug!("{error}");
         }
         Ok(end.code)
     })
+}
+
+/// The container's environment, without the home folder of a user that the program is not run by.
+fn inherited(record: &Record, other_user: bool) -> Vec<String> {
+    let keeps = |variable: &&String| !(other_user && variable.starts_with("HOME="));
+    record.env.iter().filter(keeps).cloned().collect()
 }
 
 fn exec_id() -> Result<String, Failure> {
@@ -121,7 +130,7 @@ async fn start(
 async fn until_end(
     agent: &Agent,
     process: &ProcessId,
-    mut requests: Requests,
+    requests: &mut Requests,
 ) -> Result<ProcessEnd, AgentError> {
     let wait = agent.wait(process);
     tokio::pin!(wait);
@@ -144,6 +153,14 @@ async fn until_end(
                     agent.signal(process, signal, false).await?;
                 }
             },
+        }
+    }
+}
+
+async fn a_signal(requests: &mut Requests) {
+    while let Some(request) = requests.receiver.recv().await {
+        if let Request::Signal(_) = request {
+            return;
         }
     }
 }

@@ -9,7 +9,7 @@ use std::{
     fs::{self, DirBuilder, File},
     io,
     os::unix::fs::DirBuilderExt,
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use rustix::{
@@ -24,6 +24,10 @@ use crate::{
     paths::SandboxFiles,
     record::{Phase, ProcessRecord, Record, RecordError},
 };
+
+mod registration;
+
+pub use registration::Registration;
 
 /// Why the registry refuses.
 #[derive(Debug, thiserror::Error)]
@@ -134,18 +138,14 @@ impl Registry {
     /// Fails if the name is in use, by a sandbox that runs or by one that has ended in order.
     pub fn claim(&self, record: Record) -> Result<Registration, RegistryError> {
         let _lock = self.lock()?;
+        self.sweep(&record.name)?;
         let folder = self.folder(&record.name);
         if folder.exists() {
             self.make_room(&record.name)?;
         }
         let made = DirBuilder::new().mode(0o700).create(&folder);
         made.map_err(|source| RegistryError::Folder { path: folder.clone(), source })?;
-        let registration = Registration {
-            registry: self.clone(),
-            files: SandboxFiles::new(folder),
-            record,
-            stays: false,
-        };
+        let registration = Registration::new(self.clone(), SandboxFiles::new(folder), record);
         registration.write()?;
         Ok(registration)
     }
@@ -161,6 +161,27 @@ impl Registry {
             }
         };
         Err(RegistryError::InUse { name: name.clone(), by })
+    }
+
+    /// Takes down what dead supervisors of other sandboxes left. Those that have a log keep their
+    /// folder, and their name, until they are removed.
+    fn sweep(&self, except: &SandboxName) -> Result<(), RegistryError> {
+        for mut record in self.list()? {
+            if record.name == *except || Life::of(&record) != Life::Dead {
+                continue;
+            }
+            let files = SandboxFiles::new(self.folder(&record.name));
+            if files.output().exists() {
+                self.take_down(&record)?;
+                (record.network, record.cgroup) = (None, None);
+                record.children.clear();
+                record.write(files.folder())?;
+            } else {
+                log::info!("clears away what is left of sandbox `{}`", record.name);
+                self.clear(&record.name)?;
+            }
+        }
+        Ok(())
     }
 
     /// The record of `name`.
@@ -246,15 +267,21 @@ impl Registry {
     fn clear(&self, name: &SandboxName) -> Result<(), RegistryError> {
         let folder = self.folder(name);
         if let Some(record) = Record::read(&folder)? {
-            record.children.iter().for_each(kill);
-            if let Some(network) = &record.network {
-                network::remove(network, self.forwarding_users(&record.name)?);
-            }
-            if let Some(path) = &record.cgroup {
-                cgroup::remove(path);
-            }
+            self.take_down(&record)?;
         }
         fs::remove_dir_all(&folder).map_err(|source| RegistryError::Folder { path: folder, source })
+    }
+
+    /// Ends and removes all that a record names but the folder. The lock is held.
+    fn take_down(&self, record: &Record) -> Result<(), RegistryError> {
+        record.children.iter().for_each(kill);
+        if let Some(network) = &record.network {
+            network::remove(network, self.forwarding_users(&record.name)?);
+        }
+        if let Some(path) = &record.cgroup {
+            cgroup::remove(path);
+        }
+        Ok(())
     }
 
     /// How many other sandboxes need the host to forward for them.
@@ -281,186 +308,6 @@ fn kill(process: &ProcessRecord) {
     }
 }
 
-/// A claimed name and its record. Dropping it removes the folder, unless it was told to stay.
-#[derive(Debug)]
-pub struct Registration {
-    registry: Registry,
-    files: SandboxFiles,
-    record: Record,
-    stays: bool,
-}
-
-impl Registration {
-    /// The sandbox's files.
-    #[must_use]
-    pub fn files(&self) -> &SandboxFiles {
-        &self.files
-    }
-
-    /// What is recorded.
-    #[must_use]
-    pub fn record(&self) -> &Record {
-        &self.record
-    }
-
-    /// Changes the record, on disk too.
-    ///
-    /// # Errors
-    ///
-    /// Fails as writing a file does.
-    pub fn update(&mut self, change: impl FnOnce(&mut Record)) -> Result<(), RegistryError> {
-        change(&mut self.record);
-        self.write()
-    }
-
-    fn write(&self) -> Result<(), RegistryError> {
-        Ok(self.record.write(self.files.folder())?)
-    }
-
-    /// Reserves addresses and the name of a tap that no other sandbox has.
-    ///
-    /// # Errors
-    ///
-    /// Fails if none is free.
-    pub fn reserve_network(&mut self) -> Result<address::Pair, RegistryError> {
-        let _lock = self.registry.lock()?;
-        let taken: Vec<u32> = self
-            .registry
-            .list()?
-            .iter()
-            .filter_map(|record| record.network.as_ref().map(|network| network.index))
-            .collect();
-        let pair = address::free_pair(&taken, &address::host_routes())?;
-        self.update(|record| record.network = Some(pair.record()))?;
-        Ok(pair)
-    }
-
-    /// Whether another sandbox switched on forwarding of `uplink`.
-    ///
-    /// # Errors
-    ///
-    /// Fails if the registry can't be read.
-    pub fn others_switched_on(&self, uplink: &str) -> Result<bool, RegistryError> {
-        let switched = |record: &Record| {
-            record.name != self.record.name
-                && record
-                    .network
-                    .as_ref()
-                    .is_some_and(|network| network.forwarding.as_deref() == Some(uplink))
-        };
-        Ok(self.registry.list()?.iter().any(switched))
-    }
-
-    /// Takes down what the host has for the network.
-    pub fn release_network(&mut self) {
-        let Some(network) = self.record.network.take() else { return };
-        let users = self.registry.lock().and_then(|lock| {
-            let users = self.registry.forwarding_users(&self.record.name);
-            users.map(|users| (lock, users))
-        });
-        match users {
-            Ok((_lock, users)) => network::remove(&network, users),
-            Err(error) => {
-                log::warn!("forwarding stays as it is: {error}");
-                network::remove(&network, usize::MAX);
-            }
-        }
-        if let Err(error) = self.write() {
-            log::warn!("{error}");
-        }
-    }
-
-    /// Records that the sandbox has ended in order and leaves its folder to `nacre rm`.
-    ///
-    /// # Errors
-    ///
-    /// Fails as writing a file does.
-    pub fn keep(self, code: u8) -> Result<(), RegistryError> {
-        let mut registration = self;
-        registration.stay();
-        registration.update(|record| {
-            record.phase = Phase::Exited { code };
-            record.children.clear();
-        })
-    }
-
-    /// From now on the folder stays when this value is dropped.
-    pub fn stay(&mut self) {
-        self.stays = true;
-    }
-}
-
-impl Drop for Registration {
-    fn drop(&mut self) {
-        if !self.stays {
-            remove_folder(self.files.folder());
-        }
-    }
-}
-
-fn remove_folder(folder: &Path) {
-    match fs::remove_dir_all(folder) {
-        Ok(()) => log::debug!("removed {}", folder.display()),
-        Err(error) => log::warn!("can't remove {}: {error}", folder.display()),
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::record::tests::record;
-
-    fn registry() -> (tempfile::TempDir, Registry) {
-        let folder = tempfile::tempdir().unwrap();
-        let registry = Registry::open(folder.path().join("state")).unwrap();
-        (folder, registry)
-    }
-
-    #[test]
-    fn a_name_can_be_claimed_once_and_is_free_again_after_the_end() {
-        let (_folder, registry) = registry();
-        let first = registry.claim(record("a")).unwrap();
-        let second = registry.claim(record("a")).unwrap_err();
-        assert!(matches!(second, RegistryError::InUse { .. }), "{second}");
-        drop(first);
-        assert!(registry.list().unwrap().is_empty());
-        drop(registry.claim(record("a")).unwrap());
-    }
-
-    #[test]
-    fn what_a_dead_supervisor_left_is_replaced() {
-        let (_folder, registry) = registry();
-        let mut dead = record("a");
-        dead.supervisor.start_time += 1;
-        std::mem::forget(registry.claim(dead).unwrap());
-        assert_eq!(registry.list().unwrap().iter().map(Life::of).collect::<Vec<_>>(), [Life::Dead]);
-        let claimed = registry.claim(record("a")).unwrap();
-        assert_eq!(Life::of(claimed.record()), Life::Running);
-    }
-
-    #[test]
-    fn an_ended_sandbox_keeps_its_name_until_it_is_removed() {
-        let (_folder, registry) = registry();
-        registry.claim(record("a")).unwrap().keep(3).unwrap();
-        assert!(registry.claim(record("a")).is_err());
-        assert_eq!(Life::of(&registry.list().unwrap()[0]), Life::Exited(3));
-        registry.remove(&"a".parse().unwrap()).unwrap();
-        assert!(registry.remove(&"a".parse().unwrap()).is_err());
-    }
-
-    #[test]
-    fn a_running_sandbox_is_not_removed() {
-        let (_folder, registry) = registry();
-        let _running = registry.claim(record("a")).unwrap();
-        let error = registry.remove(&"a".parse().unwrap()).unwrap_err();
-        assert!(matches!(error, RegistryError::Running(_)), "{error}");
-    }
-
-    #[test]
-    fn two_sandboxes_get_different_addresses() {
-        let (_folder, registry) = registry();
-        let mut one = registry.claim(record("a")).unwrap();
-        let mut other = registry.claim(record("b")).unwrap();
-        assert_ne!(one.reserve_network().unwrap(), other.reserve_network().unwrap());
-    }
-}
+#[path = "registry_tests.rs"]
+mod tests;

@@ -1,0 +1,138 @@
+//! A name that was claimed, and what its owner may do with it.
+
+use std::{fs, path::Path};
+
+use crate::{
+    network::{self, address},
+    paths::SandboxFiles,
+    record::{Phase, Record},
+    registry::{Registry, RegistryError},
+};
+
+/// A claimed name and its record. Dropping it removes the folder, unless it was told to stay.
+#[derive(Debug)]
+pub struct Registration {
+    registry: Registry,
+    files: SandboxFiles,
+    record: Record,
+    stays: bool,
+}
+
+impl Registration {
+    pub(super) fn new(registry: Registry, files: SandboxFiles, record: Record) -> Self {
+        Self { registry, files, record, stays: false }
+    }
+
+    /// The sandbox's files.
+    #[must_use]
+    pub fn files(&self) -> &SandboxFiles {
+        &self.files
+    }
+
+    /// What is recorded.
+    #[must_use]
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Changes the record, on disk too.
+    ///
+    /// # Errors
+    ///
+    /// Fails as writing a file does.
+    pub fn update(&mut self, change: impl FnOnce(&mut Record)) -> Result<(), RegistryError> {
+        change(&mut self.record);
+        self.write()
+    }
+
+    pub(super) fn write(&self) -> Result<(), RegistryError> {
+        Ok(self.record.write(self.files.folder())?)
+    }
+
+    /// Reserves addresses and the name of a tap that no other sandbox has.
+    ///
+    /// # Errors
+    ///
+    /// Fails if none is free.
+    pub fn reserve_network(&mut self) -> Result<address::Pair, RegistryError> {
+        let _lock = self.registry.lock()?;
+        let taken: Vec<u32> = self
+            .registry
+            .list()?
+            .iter()
+            .filter_map(|record| record.network.as_ref().map(|network| network.index))
+            .collect();
+        let pair = address::free_pair(&taken, &address::host_routes())?;
+        self.update(|record| record.network = Some(pair.record()))?;
+        Ok(pair)
+    }
+
+    /// Whether another sandbox switched on forwarding of `uplink`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the registry can't be read.
+    pub fn others_switched_on(&self, uplink: &str) -> Result<bool, RegistryError> {
+        let switched = |record: &Record| {
+            record.name != self.record.name
+                && record
+                    .network
+                    .as_ref()
+                    .is_some_and(|network| network.forwarding.as_deref() == Some(uplink))
+        };
+        Ok(self.registry.list()?.iter().any(switched))
+    }
+
+    /// Takes down what the host has for the network.
+    pub fn release_network(&mut self) {
+        let Some(network) = self.record.network.take() else { return };
+        let users = self.registry.lock().and_then(|lock| {
+            let users = self.registry.forwarding_users(&self.record.name);
+            users.map(|users| (lock, users))
+        });
+        match users {
+            Ok((_lock, users)) => network::remove(&network, users),
+            Err(error) => {
+                log::warn!("forwarding stays as it is: {error}");
+                network::remove(&network, usize::MAX);
+            }
+        }
+        if let Err(error) = self.write() {
+            log::warn!("{error}");
+        }
+    }
+
+    /// Records that the sandbox has ended in order and leaves its folder to `nacre rm`.
+    ///
+    /// # Errors
+    ///
+    /// Fails as writing a file does.
+    pub fn keep(self, code: u8) -> Result<(), RegistryError> {
+        let mut registration = self;
+        registration.stay();
+        registration.update(|record| {
+            record.phase = Phase::Exited { code };
+            record.children.clear();
+        })
+    }
+
+    /// From now on the folder stays when this value is dropped.
+    pub fn stay(&mut self) {
+        self.stays = true;
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        if !self.stays {
+            remove_folder(self.files.folder());
+        }
+    }
+}
+
+fn remove_folder(folder: &Path) {
+    match fs::remove_dir_all(folder) {
+        Ok(()) => log::debug!("removed {}", folder.display()),
+        Err(error) => log::warn!("can't remove {}: {error}", folder.display()),
+    }
+}

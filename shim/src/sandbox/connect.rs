@@ -1,0 +1,120 @@
+//! From a guest that boots to an agent that answers and a guest that is configured.
+
+use std::{
+    fs::File,
+    io::Read,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use nacre_proto::agent::{ConfigureSandboxRequest, Interface, Route};
+use tokio::time::sleep;
+
+use crate::{
+    agent::{Agent, AgentError},
+    fault::{self, Step},
+    network::address::{PREFIX_BITS, Pair},
+    sandbox::{
+        SandboxError,
+        create::{AgentUp, VmUp},
+    },
+};
+
+/// The pause between two attempts to reach the agent.
+const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(20);
+/// How many times the agent's time-out the guest may take although it makes progress.
+const BOOT_FACTOR: u32 = 10;
+
+impl VmUp {
+    /// Waits for the guest's agent and configures the guest.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a process ends, or the guest boots for too long without a sign of progress.
+    pub async fn connect_agent(mut self) -> Result<AgentUp, SandboxError> {
+        let agent = self.reach_agent().await?;
+        self.base.timeline.mark("agent ready");
+        fault::point(Step::Agent)?;
+        let request = self.configuration()?;
+        self.guarded(agent.configure(&request)).await?;
+        self.base.timeline.mark("guest configured");
+        fault::point(Step::Configure)?;
+        Ok(AgentUp { agent, vm: self })
+    }
+
+    async fn reach_agent(&self) -> Result<Agent, SandboxError> {
+        let limit = self.base.settings.agent_timeout;
+        let vsock = self.base.files.vsock();
+        let mut console = self.vmm.console();
+        let begun = Instant::now();
+        let mut last_progress = begun;
+        loop {
+            let attempt = tokio::select! {
+                attempt = Agent::connect(&vsock, limit) => attempt,
+                death = self.death() => return Err(death),
+            };
+            let silent = match attempt {
+                Ok(agent) => return Ok(agent),
+                Err(error @ AgentError::Version(_)) => return Err(error.into()),
+                Err(error) => {
+                    log::trace!("no agent yet: {error}");
+                    // The connection was taken and then nothing came: that is not booting.
+                    matches!(error, AgentError::Lost { .. })
+                }
+            };
+            if console.has_changed().unwrap_or(false) {
+                console.mark_unchanged();
+                last_progress = Instant::now();
+            }
+            let waited = last_progress.elapsed();
+            if (silent && begun.elapsed() >= limit)
+                || waited >= limit
+                || begun.elapsed() >= limit * BOOT_FACTOR
+            {
+                return Err(SandboxError::AgentSilent { waited, console: self.console_tail() });
+            }
+            tokio::select! {
+                () = sleep(BETWEEN_ATTEMPTS) => {}
+                death = self.death() => return Err(death),
+            }
+        }
+    }
+
+    fn configuration(&self) -> Result<ConfigureSandboxRequest, SandboxError> {
+        let plan = &self.base.plan;
+        let mut seed = vec![0; 64];
+        File::open("/dev/urandom")
+            .and_then(|mut file| file.read_exact(&mut seed))
+            .map_err(SandboxError::Random)?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let (interfaces, routes) = match &self.host.network {
+            None => (Vec::new(), Vec::new()),
+            Some(network) => interface(network.pair),
+        };
+        Ok(ConfigureSandboxRequest {
+            hostname: plan.hostname.clone(),
+            realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+            random_seed: seed,
+            interfaces,
+            routes,
+            nameservers: plan.nameservers.iter().map(ToString::to_string).collect(),
+            storages: plan.storages.clone(),
+            ..ConfigureSandboxRequest::default()
+        })
+    }
+}
+
+fn interface(pair: Pair) -> (Vec<Interface>, Vec<Route>) {
+    let interface = Interface {
+        mac: pair.mac(),
+        name: "eth0".to_owned(),
+        mtu: 1500,
+        addresses: vec![format!("{}/{PREFIX_BITS}", pair.guest())],
+        ..Interface::default()
+    };
+    let route = Route {
+        gateway: pair.host().to_string(),
+        interface: "eth0".to_owned(),
+        ..Route::default()
+    };
+    (vec![interface], vec![route])
+}

@@ -1,0 +1,96 @@
+//! Every wait of a sandbox is also a wait for the death of one of its processes, which is reported
+//! as what it is: the VMM's, a backend's, or one because of the other.
+
+use std::time::Duration;
+
+use nacre_proto::exit::VmmExit;
+use tokio::time::timeout;
+
+use crate::{
+    agent::AgentError,
+    backends::BackendError,
+    child::{ChildError, End},
+    log_file,
+    sandbox::{SandboxError, create::VmUp},
+    vmm,
+};
+
+/// How long to wait for the death that explains another one.
+const EXPLANATION: Duration = Duration::from_secs(2);
+/// How many lines of the guest's console an error carries.
+const CONSOLE_LINES: usize = 12;
+
+impl VmUp {
+    /// Resolves when a process that the sandbox can't do without has ended, with the reason.
+    pub(super) async fn death(&self) -> SandboxError {
+        tokio::select! {
+            end = self.vmm.child().ended() => match end {
+                Ok(end) => self.vmm_ended(end).await,
+                Err(error) => BackendError::Child(ChildError::Watch {
+                    name: "nacre-vmm".to_owned(),
+                    source: error,
+                }).into(),
+            },
+            error = self.backends.ended() => self.backend_ended(error).await,
+        }
+    }
+
+    async fn vmm_ended(&self, end: End) -> SandboxError {
+        if matches!(vmm::meaning(end), Some(VmmExit::Backend | VmmExit::Failed)) {
+            let backend = timeout(EXPLANATION, self.backends.ended()).await;
+            if let Ok(error @ BackendError::Ended { end, .. }) = backend
+                && end != End::Code(0)
+            {
+                return error.into();
+            }
+        }
+        SandboxError::VmmEnded {
+            end,
+            last_words: self.vmm.child().last_words(),
+            console: self.console_tail(),
+        }
+    }
+
+    async fn backend_ended(&self, error: BackendError) -> SandboxError {
+        // A backend whose connection is over ends in order: then it was the VMM that went first.
+        if let BackendError::Ended { end: End::Code(0), .. } = error
+            && let Some(end) = self.vmm.child().ended_within(EXPLANATION).await
+        {
+            return SandboxError::VmmEnded {
+                end,
+                last_words: self.vmm.child().last_words(),
+                console: self.console_tail(),
+            };
+        }
+        error.into()
+    }
+
+    pub(super) fn console_tail(&self) -> Option<String> {
+        log_file::tail(&self.base.files.console(), CONSOLE_LINES)
+    }
+
+    /// Waits for `work` and for the death of a process; a death explains a broken connection.
+    pub(super) async fn guarded<T, E: Into<SandboxError>>(
+        &self,
+        work: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, SandboxError> {
+        let error = tokio::select! {
+            biased;
+            result = work => match result {
+                Ok(value) => return Ok(value),
+                Err(error) => error.into(),
+            },
+            death = self.death() => return Err(death),
+        };
+        let broken = matches!(
+            error,
+            SandboxError::Agent(
+                AgentError::Lost { .. } | AgentError::Unreachable(_) | AgentError::Mute
+            ) | SandboxError::Stream(_)
+        );
+        if broken && let Ok(death) = timeout(EXPLANATION, self.death()).await {
+            return Err(death);
+        }
+        Err(error)
+    }
+}
