@@ -36,7 +36,7 @@ pub enum SandboxMode {
     Namespace,
     /// The share as root directory; needs CAP_SYS_CHROOT
     Chroot,
-    /// Not at all, for tests and for callers that have done it
+    /// Not at all: a hostile guest can name files outside; for callers that confine the process
     None,
 }
 

@@ -7,8 +7,8 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use backend_daemon::ring::Chain;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use virtiofsd::descriptor_utils::{Reader, Writer};
-use virtiofsd::limits::setup_rlimit_nofile;
 use virtiofsd::passthrough::read_only::PassthroughFsRo;
 use virtiofsd::passthrough::{Config, PassthroughFs};
 use virtiofsd::server::Server;
@@ -21,6 +21,8 @@ use crate::sys::{View, ViewError};
 /// Descriptors that the guest can't take from us: memory regions (509 at most), queues and the
 /// daemon's own.
 const RESERVED_FDS: u64 = 1024;
+/// What is asked for: each file that the guest knows is one.
+const WANTED_FDS: u64 = 1_000_000;
 /// With fewer the share is of no use.
 const MIN_GUEST_FDS: u64 = 128;
 
@@ -28,9 +30,9 @@ const MIN_GUEST_FDS: u64 = 128;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ShareError {
-    /// The limit on open files can't be read or raised.
-    #[error("cannot raise the limit on open files: {0}")]
-    Limit(String),
+    /// The limit on open files can't be raised.
+    #[error("cannot raise the limit on open files")]
+    Limit(#[source] io::Error),
     /// The limit on open files is too low.
     #[error("{limit} open files are too few: {needed} are needed")]
     TooFewFiles {
@@ -89,8 +91,7 @@ enum Kind {
 }
 
 impl Share {
-    /// Serves the folder in `place`. Raises the limit on open files: each file that the guest
-    /// knows is one.
+    /// Serves the folder in `place`; the guest may hold `guest_fds` files open.
     ///
     /// # Errors
     ///
@@ -167,17 +168,30 @@ impl Share {
     }
 }
 
-/// Raises the limit on open files, and gives how many of them the guest may hold. To be called
-/// while `/proc` can be seen.
+/// Raises the limit on open files, and gives how many of them the guest may hold.
 ///
 /// # Errors
 ///
 /// Fails if the limit can't be raised to what is needed at least.
 pub fn raise_file_limit() -> Result<u64, ShareError> {
-    let limit = setup_rlimit_nofile(None).map_err(ShareError::Limit)?;
+    let limit = raise_limit().map_err(ShareError::Limit)?;
     let guest_fds = limit.saturating_sub(RESERVED_FDS);
     if guest_fds < MIN_GUEST_FDS {
         return Err(ShareError::TooFewFiles { limit, needed: RESERVED_FDS + MIN_GUEST_FDS });
     }
     Ok(guest_fds)
+}
+
+fn raise_limit() -> io::Result<u64> {
+    let before = getrlimit(Resource::Nofile);
+    let hard = before.maximum.unwrap_or(u64::MAX);
+    if before.current.is_none_or(|soft| soft >= WANTED_FDS) {
+        return Ok(before.current.unwrap_or(u64::MAX));
+    }
+    let set = |limit: u64| {
+        let wanted = Rlimit { current: Some(limit), maximum: Some(limit.max(hard)) };
+        setrlimit(Resource::Nofile, wanted).map(|()| limit)
+    };
+    // To go beyond the hard limit takes a right that is not always there.
+    Ok(set(WANTED_FDS).or_else(|_no_right| set(hard))?)
 }
