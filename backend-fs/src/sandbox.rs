@@ -5,11 +5,11 @@
 //!
 //! ```text
 //!   own mount namespace, its mounts slaves of the host's   (nothing of ours leaves; what the host
-//!     │                                                     mounts below the share still arrives)
+//!     |                                                     mounts below the share still arrives)
 //!   a clone of /proc/self/fd, mounted nowhere              (virtiofsd reopens files through it)
-//!     │
+//!     |
 //!   a clone of the share: no devices, no set-uid, no programs, read-only if asked
-//!     │
+//!     |
 //!   pivot_root into it, the old root unmounted             (from an initramfs: moved over the root)
 //! ```
 

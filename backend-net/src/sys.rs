@@ -16,7 +16,7 @@ pub(crate) const MAX_SEGMENTS: usize = IOV_MAX - 2;
 pub(crate) struct InterfaceInfo {
     /// The interface's name.
     pub(crate) name: String,
-    /// `IFF_…` bits of the tap.
+    /// `IFF_*` bits of the tap.
     pub(crate) flags: i32,
 }
 
@@ -65,7 +65,7 @@ pub(crate) fn set_header_len(fd: BorrowedFd<'_>, len_bytes: i32) -> io::Result<(
     done(result)
 }
 
-/// `TUNSETOFFLOAD`: what frames the reader of the tap can take, as `TUN_F_…` bits.
+/// `TUNSETOFFLOAD`: what frames the reader of the tap can take, as `TUN_F_*` bits.
 pub(crate) fn set_offload(fd: BorrowedFd<'_>, bits: u32) -> io::Result<()> {
     let argument = libc::c_ulong::from(bits);
     // SAFETY: the ioctl takes a number and no pointer.

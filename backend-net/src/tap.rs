@@ -70,7 +70,7 @@ pub struct Tap {
     fd: OwnedFd,
 }
 
-/// `TUN_F_…` bits: what the reader of a tap can take.
+/// `TUN_F_*` bits: what the reader of a tap can take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offloads(u32);
 
