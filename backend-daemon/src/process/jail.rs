@@ -12,6 +12,7 @@ use seccompiler::{BackendError, BpfProgram};
 
 use super::Policy;
 use super::seccomp::{Kind, filter};
+use crate::sys;
 
 /// Why the jail can't be closed.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +65,7 @@ impl Jail {
 /// Gives up what the whole process never needs again. It binds the calling thread and the threads
 /// that it starts later, so it has to come before them.
 pub(super) fn close_process(keep: &[Capability]) -> Result<(), JailError> {
+    sys::one_arena();
     set_no_new_privs(true)
         .map_err(|error| JailError::Process { what: "new privileges", source: error.into() })?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
