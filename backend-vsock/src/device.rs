@@ -23,7 +23,8 @@ const EVENT: QueueIndex = QueueIndex(2);
 const DEVICE_ID: u32 = 19;
 /// Byte streams (virtio 1.3, section 5.10.3).
 const FEATURE_STREAM: u64 = 1;
-const QUEUE_SIZE: u16 = 256;
+/// What QEMU sets its queues to: no message tells a frontend of a backend's limit.
+const QUEUE_SIZE: u16 = 1024;
 
 const LISTENER: Token = Token(0);
 const AGAIN: Token = Token(1);

@@ -7,7 +7,7 @@ use backend_vsock::credit::BUFFER_BYTES;
 use backend_vsock::packet::Op;
 
 use crate::guest::{Guest, SILENCE, Stream};
-use crate::program::{Device, accept, greeted, noise, read};
+use crate::program::{Device, accept, greeted, noise, read, read_all};
 
 /// The guest sends back what it gets, as far as it has credit; its own buffer is small.
 fn echo(guest: &mut Guest, stream: &mut Stream, len: usize) {
@@ -186,4 +186,26 @@ fn hundreds_of_connections_at_once_keep_their_bytes_apart() {
         program.set_nonblocking(true).unwrap();
         assert!(program.read(&mut [0]).is_err(), "a byte too many on port {port}");
     }
+}
+
+#[test]
+fn memory_for_bytes_under_way_comes_and_goes_inside_the_jail() {
+    let mut device = Device::start();
+    let listener = device.listen(1);
+    let mut guest = Guest::connect(&device.daemon.socket());
+    for _round in 0..2 {
+        let mut pairs: Vec<_> = (0..10)
+            .map(|port| {
+                let mut stream = guest.dial(1, port, 0);
+                let program = accept(&listener);
+                let bytes = stream.fill(&mut guest);
+                (stream, program, bytes)
+            })
+            .collect();
+        for (stream, program, bytes) in &mut pairs {
+            stream.say(&mut guest, Op::Reset, 0);
+            assert!(read_all(program) == *bytes);
+        }
+    }
+    assert!(device.daemon.is_running());
 }

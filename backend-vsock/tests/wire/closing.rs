@@ -7,7 +7,7 @@ use std::net::Shutdown;
 use backend_daemon::testing::DEADLINE;
 use backend_vsock::packet::Op;
 
-use crate::guest::{Guest, SILENCE, Stream};
+use crate::guest::{Guest, SILENCE};
 use crate::program::{Device, accept, greeted, noise, read, read_all};
 
 const RECEIVE: u32 = 1;
@@ -109,7 +109,7 @@ fn a_guest_that_closes_delivers_all_it_sent_before_the_reset() {
     let mut guest = Guest::connect(&device.daemon.socket());
     let mut stream = guest.dial(1, 1, 0);
     let mut program = accept(&listener);
-    let bytes = fill(&mut guest, &mut stream);
+    let bytes = stream.fill(&mut guest);
     stream.say(&mut guest, Op::Shutdown, BOTH);
     guest.expect_silence();
     assert!(read_all(&mut program) == bytes);
@@ -129,7 +129,7 @@ fn a_guest_that_resets_delivers_what_was_accepted() {
     let mut guest = Guest::connect(&device.daemon.socket());
     let mut stream = guest.dial(1, 1, 0);
     let mut program = accept(&listener);
-    let bytes = fill(&mut guest, &mut stream);
+    let bytes = stream.fill(&mut guest);
     stream.say(&mut guest, Op::Reset, 0);
     // The same ports can be used at once, while the old bytes are still on their way.
     let mut again = guest.dial(1, 1, 0);
@@ -188,23 +188,4 @@ fn cpu_ticks(process: u32) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
     let fields = stat.rsplit_once(')').unwrap().1.split_whitespace();
     fields.skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
-}
-
-/// Sends as much as the device takes while the program reads nothing: both the program's socket
-/// and the device's buffer are full then.
-fn fill(guest: &mut Guest, stream: &mut Stream) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    loop {
-        while stream.credit() > 0 {
-            let len = usize::try_from(stream.credit()).unwrap().min(16 << 10);
-            let next = noise(len, bytes.len() as u64 + 1);
-            stream.send(guest, &next);
-            bytes.extend(next);
-        }
-        match guest.next_for(SILENCE) {
-            Some(packet) if packet.op() == Op::CreditUpdate => stream.hear(&packet.header),
-            Some(packet) => panic!("unexpected {:?}", packet.header),
-            None => return bytes,
-        }
-    }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use backend_daemon::testing::{Answer, Buffer, DEADLINE, Driver, Options, Request};
 use backend_vsock::packet::{Cid, HEADER_BYTES, HOST_CID, Header, Op, Ports, TYPE_STREAM};
 
-use crate::program::CID;
+use crate::program::{CID, noise};
 
 const RX: u16 = 0;
 const TX: u16 = 1;
@@ -216,6 +216,25 @@ impl Stream {
     /// Sends a packet without payload.
     pub fn say(&self, guest: &mut Guest, op: Op, flags: u32) {
         guest.send(self.header(op, flags), &[]);
+    }
+
+    /// Sends as much as the device takes while the program reads nothing: both the program's socket
+    /// and the device's buffer are full then.
+    pub fn fill(&mut self, guest: &mut Guest) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        loop {
+            while self.credit() > 0 {
+                let len = usize::try_from(self.credit()).unwrap().min(16 << 10);
+                let next = noise(len, bytes.len() as u64 + 1);
+                self.send(guest, &next);
+                bytes.extend(next);
+            }
+            match guest.next_for(SILENCE) {
+                Some(packet) if packet.op() == Op::CreditUpdate => self.hear(&packet.header),
+                Some(packet) => panic!("unexpected {:?}", packet.header),
+                None => return bytes,
+            }
+        }
     }
 
     /// Reads so many bytes, and tells of the room after each packet.
