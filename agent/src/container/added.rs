@@ -13,7 +13,7 @@ use crate::container::{
 pub(crate) struct Added {
     /// For libcontainer.
     pub(crate) process: Process,
-    /// What it is to have if libcontainer must keep all capabilities.
+    /// What it is to have once its seccomp filter is installed, if that needs more.
     pub(crate) capabilities_after: Option<LinuxCapabilities>,
 }
 

@@ -14,9 +14,19 @@ fn sets(each: &Capabilities) -> LinuxCapabilities {
     sets
 }
 
-/// Every capability that the specification knows.
-pub(crate) fn all() -> LinuxCapabilities {
-    sets(&every())
+/// What a process needs to install a seccomp filter without no_new_privs (`CAP_SYS_ADMIN`) and to
+/// shrink its bounding set afterwards (`CAP_SETPCAP`), beside what it is to have in the end.
+pub(crate) fn to_install_filter(wanted: &LinuxCapabilities) -> LinuxCapabilities {
+    let more = |set: &Option<Capabilities>| {
+        let mut set = set.clone().unwrap_or_default();
+        set.extend([Capability::SysAdmin, Capability::Setpcap]);
+        Some(set)
+    };
+    let mut sets = wanted.clone();
+    sets.set_bounding(more(wanted.bounding()))
+        .set_effective(more(wanted.effective()))
+        .set_permitted(more(wanted.permitted()));
+    sets
 }
 
 /// All five sets: one that is absent is empty, none is inherited from the agent.
@@ -39,51 +49,4 @@ pub(crate) fn of_ordinary_user(wanted: Option<&LinuxCapabilities>) -> LinuxCapab
     let mut sets = sets(&HashSet::new());
     sets.set_bounding(complete(wanted).bounding().clone());
     sets
-}
-
-fn every() -> Capabilities {
-    [
-        Capability::AuditControl,
-        Capability::AuditRead,
-        Capability::AuditWrite,
-        Capability::BlockSuspend,
-        Capability::Bpf,
-        Capability::CheckpointRestore,
-        Capability::Chown,
-        Capability::DacOverride,
-        Capability::DacReadSearch,
-        Capability::Fowner,
-        Capability::Fsetid,
-        Capability::IpcLock,
-        Capability::IpcOwner,
-        Capability::Kill,
-        Capability::Lease,
-        Capability::LinuxImmutable,
-        Capability::MacAdmin,
-        Capability::MacOverride,
-        Capability::Mknod,
-        Capability::NetAdmin,
-        Capability::NetBindService,
-        Capability::NetBroadcast,
-        Capability::NetRaw,
-        Capability::Perfmon,
-        Capability::Setgid,
-        Capability::Setfcap,
-        Capability::Setpcap,
-        Capability::Setuid,
-        Capability::SysAdmin,
-        Capability::SysBoot,
-        Capability::SysChroot,
-        Capability::SysModule,
-        Capability::SysNice,
-        Capability::SysPacct,
-        Capability::SysPtrace,
-        Capability::SysRawio,
-        Capability::SysResource,
-        Capability::SysTime,
-        Capability::SysTtyConfig,
-        Capability::Syslog,
-        Capability::WakeAlarm,
-    ]
-    .into()
 }

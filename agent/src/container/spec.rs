@@ -63,7 +63,7 @@ pub(crate) struct Amended {
     pub(crate) spec: Spec,
     /// The host's `process` object, which added processes inherit from.
     pub(crate) process: Value,
-    /// What the init is to have if libcontainer must keep all capabilities.
+    /// What the init is to have once its seccomp filter is installed, if that needs more.
     pub(crate) capabilities_after: Option<LinuxCapabilities>,
 }
 
@@ -191,7 +191,7 @@ fn device(disk: &DiskNode) -> LinuxDevice {
 
 /// Makes a process fit: its terminal, its standing with the out-of-memory killer, its capabilities.
 ///
-/// Returns what it is to have in the end if libcontainer must keep all capabilities for `filtered`.
+/// Returns what it is to have in the end if it needs more to install a seccomp filter.
 pub(crate) fn amend_process(
     process: &mut Process,
     terminal: bool,
@@ -208,7 +208,7 @@ pub(crate) fn amend_process(
     }
     let wanted = capabilities::complete(process.capabilities().as_ref());
     if filtered && process.no_new_privileges() != Some(true) {
-        process.set_capabilities(Some(capabilities::all()));
+        process.set_capabilities(Some(capabilities::to_install_filter(&wanted)));
         return Ok(Some(wanted));
     }
     process.set_capabilities(Some(wanted));
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_filter_without_no_new_privs_keeps_capabilities_until_it_is_installed() {
+    fn a_filter_without_no_new_privs_needs_capabilities_until_it_is_installed() {
         let mut spec = spec();
         spec["linux"]["seccomp"] = json!({ "defaultAction": "SCMP_ACT_ALLOW" });
         let kept = amended(&spec).unwrap();

@@ -30,8 +30,8 @@ pub(crate) struct Filter {
     pub(crate) program: Vec<sock_filter>,
     /// Flags of seccomp(2).
     pub(crate) flags: u32,
-    /// Without no_new_privs a filter needs `CAP_SYS_ADMIN`, so libcontainer kept all capabilities
-    /// and these are what the program is to have.
+    /// Without no_new_privs a filter needs `CAP_SYS_ADMIN`, so libcontainer left more than the
+    /// program is to have, which is this.
     pub(crate) capabilities_after: Option<LinuxCapabilities>,
 }
 

@@ -26,8 +26,8 @@ pub(crate) mod spawn;
 pub(crate) const LIBCONTAINER_STATE: &str = "/run/nacre/libcontainer";
 /// The folder of a container has its specification and files of its launches.
 pub(crate) const BUNDLES: &str = "/run/nacre/bundles";
-/// A process's file with this suffix says which capabilities it is to have, if libcontainer must
-/// keep all of them for the sake of a seccomp filter.
+/// A process's file with this suffix says which capabilities it is to have in the end, if it needs
+/// more to install a seccomp filter.
 pub(crate) const CAPABILITIES_SUFFIX: &str = ".capabilities";
 /// What the executor writes to the status pipe right before it calls execve.
 pub(crate) const REACHED_EXECVE: u8 = b'!';
