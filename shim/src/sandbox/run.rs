@@ -95,6 +95,7 @@ impl Running {
                 drain(&vm, streams, &mut requests).await;
                 shut_down(&vm, &agent, &process).await;
                 if end.out_of_memory && end.code == KILLED {
+                    log::error!("the container was out of memory: the guest's kernel killed it");
                     RunExit::OutOfMemory.into()
                 } else {
                     end.code
