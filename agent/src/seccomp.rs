@@ -248,3 +248,6 @@ fn ret(verdict: u32) -> sock_filter {
 fn jump(test: u32, operand: u32, if_true: u8, if_false: u8) -> sock_filter {
     sock_filter { jt: if_true, jf: if_false, ..statement(BPF_JMP | test | BPF_K, operand) }
 }
+
+#[cfg(test)]
+mod tests;

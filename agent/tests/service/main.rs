@@ -13,6 +13,7 @@ mod configure;
 mod exec;
 mod filter;
 mod lifecycle;
+mod limits;
 mod refusals;
 mod streams;
 mod terminal;
