@@ -30,8 +30,7 @@ impl Programs {
     pub fn build() -> Result<Self> {
         machine::need(machine::BUILD_PACKAGES)?;
         add_agent_target()?;
-        let folder = env::current_exe().context("cannot find my own program")?;
-        let folder = folder.parent().context("this program is in no folder")?.to_path_buf();
+        let folder = Self::folder()?;
         let profile = folder.file_name().context("no profile folder")?;
         let target = folder.parent().context("no target folder")?;
         let agent = target.join(AGENT_TARGET).join(profile).join(AGENT_PACKAGE);
@@ -40,6 +39,15 @@ impl Programs {
         let arguments = ["--package", AGENT_PACKAGE, "--target", AGENT_TARGET];
         cargo_build(&arguments, agent.exists())?;
         Ok(Self { folder, agent })
+    }
+
+    /// Where the host's programs are or will be: cargo puts them beside this one.
+    ///
+    /// # Errors
+    /// The path of this program is unknown.
+    pub fn folder() -> Result<PathBuf> {
+        let program = env::current_exe().context("cannot find my own program")?;
+        Ok(program.parent().context("this program is in no folder")?.to_path_buf())
     }
 }
 

@@ -91,6 +91,14 @@ pub(super) fn map_run(
     Ok(mapping)
 }
 
+/// Whether `nacre exec` and its like want a terminal.
+pub(super) fn terminal_wanted(arguments: &[String]) -> bool {
+    let mut mapping = Mapping::default();
+    let options = arguments.iter().skip(1).take_while(|argument| argument.starts_with('-'));
+    options.for_each(|option| mapping.flag(option));
+    mapping.terminal
+}
+
 /// Splits an argument that is an option with a value: its name, the value's kind, and the value
 /// if it is in the same argument.
 fn option_with_value(argument: &str) -> Option<(String, Value, Option<String>)> {
@@ -201,6 +209,14 @@ mod tests {
         let mapping = map("-ite A=1 sh");
         assert!(mapping.terminal);
         assert_eq!(mapping.arguments, ["-ite", "A=1", "sh"]);
+    }
+
+    #[test]
+    fn exec_wants_a_terminal_only_by_its_own_options() {
+        let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        assert!(terminal_wanted(&words("exec -it web sh")));
+        assert!(!terminal_wanted(&words("exec web sh -t")));
+        assert!(!terminal_wanted(&words("ps")));
     }
 
     #[test]

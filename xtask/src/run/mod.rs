@@ -10,12 +10,12 @@ use crate::host::{Emulated, Host, job};
 use crate::programs::Programs;
 use crate::report::say;
 use anyhow::{Context, Result};
-use arguments::{Mapping, map_run};
+use arguments::{Mapping, map_run, terminal_wanted};
 use clap::Args;
 use rustix::termios::isatty;
 use std::env;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 /// As `nacre run` ends when it fails before the container runs.
@@ -72,22 +72,10 @@ impl NacreArguments {
     /// Something cannot be built or prepared, or the host cannot be used.
     pub fn run(self) -> Result<ExitCode> {
         let cache = Cache::open()?;
-        let programs = Programs::build()?;
-        let guest = GuestImage::prepare(&cache, &programs.agent)?;
-        let mut mapping = Mapping { arguments: self.argv, ..Mapping::default() };
-        if let Some((command, rest)) = mapping.arguments.split_first()
-            && command == "run"
-        {
-            mapping = map_run(rest, |name| env::var(name).ok())?;
-            if !mapping.has_root {
-                let rootfs = busybox_rootfs(&cache)?;
-                mapping.arguments.insert(0, "--rootfs".to_owned());
-                mapping.arguments.insert(1, text(&rootfs)?);
-                mapping.paths.push(rootfs);
-            }
-            mapping.arguments.insert(0, "run".to_owned());
-        }
-        let prepared = prepare(&programs, &guest)?;
+        let (prepared, mapping) = match self.argv.split_first() {
+            Some((command, rest)) if command == "run" => prepare_run(&cache, rest)?,
+            _ => prepare_other(self.argv)?,
+        };
         let host = Host::choose(&cache)?;
         say(&host.describe());
         match host {
@@ -101,13 +89,36 @@ impl NacreArguments {
     }
 }
 
-fn prepare(programs: &Programs, guest: &GuestImage) -> Result<Prepared> {
+fn prepare_run(cache: &Cache, arguments: &[String]) -> Result<(Prepared, Mapping)> {
+    let programs = Programs::build()?;
+    let guest = GuestImage::prepare(cache, &programs.agent)?;
+    let mut mapping = map_run(arguments, |name| env::var(name).ok())?;
+    if !mapping.has_root {
+        let rootfs = busybox_rootfs(cache)?;
+        mapping.arguments.insert(0, "--rootfs".to_owned());
+        mapping.arguments.insert(1, text(&rootfs)?);
+        mapping.paths.push(rootfs);
+    }
+    mapping.arguments.insert(0, "run".to_owned());
     let env = vec![
         ("NACRE_KERNEL".to_owned(), text(&guest.kernel)?),
         ("NACRE_INITRAMFS".to_owned(), text(&guest.initramfs)?),
     ];
-    let paths = vec![programs.folder.clone(), guest.kernel.clone(), guest.initramfs.clone()];
-    Ok(Prepared { nacre: text(&programs.folder.join("nacre"))?, env, paths })
+    let nacre = programs.folder.join("nacre");
+    let paths = vec![programs.folder, guest.kernel, guest.initramfs];
+    Ok((Prepared { nacre: text(&nacre)?, env, paths }, mapping))
+}
+
+/// Commands about sandboxes that exist need nothing built: those run from programs that are.
+fn prepare_other(arguments: Vec<String>) -> Result<(Prepared, Mapping)> {
+    let folder = Programs::folder()?;
+    let nacre = folder.join("nacre");
+    if !nacre.exists() {
+        Programs::build()?;
+    }
+    let terminal = terminal_wanted(&arguments);
+    let mapping = Mapping { arguments, terminal, ..Mapping::default() };
+    Ok((Prepared { nacre: text(&nacre)?, env: Vec::new(), paths: vec![folder] }, mapping))
 }
 
 fn run_emulated(emulated: &Emulated, prepared: Prepared, mapping: Mapping) -> Result<ExitCode> {
@@ -122,6 +133,6 @@ fn run_emulated(emulated: &Emulated, prepared: Prepared, mapping: Mapping) -> Re
     Ok(ExitCode::from(ending.code()))
 }
 
-fn text(path: &std::path::Path) -> Result<String> {
+fn text(path: &Path) -> Result<String> {
     path.to_str().map(str::to_owned).with_context(|| format!("{} is not text", path.display()))
 }
