@@ -1,10 +1,10 @@
 //! THE loop: one thread owns the VM, and everything that happens to the VM as a whole happens here.
 //!
 //! ```text
-//! vCPU threads, devices ──▶ mailbox ─┐
-//! SIGTERM and the like ──▶ signalfd ─┼──▶ epoll ──▶ Control ──▶ Vm
-//! supervisor ──▶ control socket ─────┤
-//! serial input, devices' backends ───┘
+//! vCPU threads, devices --> mailbox -+
+//! SIGTERM and the like --> signalfd -+--> epoll --> Control --> Vm
+//! supervisor --> control socket -----+
+//! serial input, devices' backends ---+
 //! ```
 //!
 //! It ends with how the VM ended. It never waits for anything but its vCPUs and its epoll set.
@@ -17,7 +17,7 @@ use std::{
 
 use nacre_proto::{
     exit::VmmExit,
-    vmm::{self, Outcome, Reply, Request, State, Status, Timing},
+    vmm::{self, MessageError, Outcome, Reply, Request, State, Status, Timing},
 };
 use rustix::{
     io::Errno,
@@ -28,6 +28,7 @@ use crate::{
     acpi::ged::Event,
     command::{self, Action},
     config::OnReset,
+    error_chain,
     event::GuestEvent,
     poll::Poller,
     timing,
@@ -183,6 +184,8 @@ impl Control {
                 log::info!("the supervisor is gone");
                 return Some(VmmExit::Stopped);
             }
+            // One that was cut is longer than any message, and is refused for that.
+            Ok((_, bytes)) if bytes > buffer.len() => refuse(&MessageError::TooLong(bytes)),
             Ok((kept, _)) => self.answer(&buffer[..kept]),
             Err(Errno::AGAIN | Errno::INTR) => return None,
             Err(error) => {
@@ -203,10 +206,7 @@ impl Control {
     fn answer(&self, datagram: &[u8]) -> (Reply, Option<VmmExit>) {
         let request: Request = match vmm::decode(datagram) {
             Ok(request) => request,
-            Err(error) => {
-                let outcome = Outcome::Refused(crate::error_chain(&error));
-                return (Reply { id: 0, outcome }, None);
-            }
+            Err(error) => return refuse(&error),
         };
         let (outcome, exit) = match command::decide(State::Running, request.command) {
             Ok(Action::Report) => (Outcome::Status(self.status()), None),
@@ -276,4 +276,9 @@ impl Control {
         }
         Ok(None)
     }
+}
+
+/// The answer to what is no request.
+fn refuse(error: &MessageError) -> (Reply, Option<VmmExit>) {
+    (Reply { id: 0, outcome: Outcome::Refused(error_chain(error)) }, None)
 }

@@ -13,11 +13,13 @@ pub mod boot;
 pub mod bus;
 pub mod command;
 pub mod config;
+pub mod console;
 pub mod control;
 pub mod devices;
 pub mod event;
 pub mod interrupt;
 pub mod jail;
+pub mod kvm;
 pub mod legacy;
 pub mod logger;
 pub mod memory;
@@ -76,10 +78,7 @@ impl VmmError {
             Self::Vm(VmError::Memory(_)) => VmmExit::Memory,
             Self::Vm(VmError::Devices(_)) => VmmExit::Backend,
             Self::Vm(
-                VmError::NoKvm(_)
-                | VmError::NoCapability(_)
-                | VmError::Kvm { .. }
-                | VmError::Vcpu(VcpuError::TooMany { .. } | VcpuError::Kvm { .. }),
+                VmError::Kvm(_) | VmError::Vcpu(VcpuError::TooMany { .. } | VcpuError::Kvm { .. }),
             ) => VmmExit::Kvm,
             _ => VmmExit::Failed,
         }

@@ -2,25 +2,14 @@
 //! before:
 //!
 //! ```text
-//! Config ──build()──▶ Built ──spawn()──▶ Vm ──run()/hold()/reset()──▶ … ──drop──▶ gone
+//! Config --build()--> Built --spawn()--> Vm --run()/hold()/reset()--> ... --drop--> gone
 //!         everything        one thread       the control thread
 //!         is opened         a vCPU, held     owns it
 //! ```
 //!
 //! Nothing is opened after `build`, so the jail is entered between the two.
 
-use std::{
-    fs::File,
-    io,
-    os::fd::{AsFd, BorrowedFd},
-    sync::Arc,
-};
-
-use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
-};
-use kvm_ioctls::{Cap, Kvm, VmFd};
-use vmm_sys_util::eventfd::EventFd;
+use std::{io, os::fd::BorrowedFd, sync::Arc};
 
 use crate::{
     acpi::{
@@ -29,25 +18,25 @@ use crate::{
     },
     boot::{BootError, BootSource},
     bus::{BusBuilder, BusError},
-    config::{Config, SerialConfig},
+    config::Config,
+    console::Console,
     devices::{self, Devices, DevicesError},
     event::{self, Mailbox, Notifier},
     jail,
+    kvm::{self, KvmError},
     legacy::{
         panic::{self, PanicPort},
         power::{self, KeyboardReset, PowerRegisters},
         rtc::{self, Clock},
-        serial::{self, SerialPort},
+        serial,
     },
     memory::{
         layout,
         region::{self, GuestRam, MemoryError},
     },
     seccomp::{self, SeccompError},
-    sys,
     vcpu::{
         self, VcpuError, Vcpus,
-        cpuid::Supported,
         exit::Buses,
         gate::Gate,
         thread::{Surroundings, Vcpu},
@@ -57,20 +46,9 @@ use crate::{
 /// Why there is no VM, or none any more.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
-    /// No KVM.
-    #[error("can't open /dev/kvm")]
-    NoKvm(#[source] kvm_ioctls::Error),
-    /// KVM lacks something.
-    #[error("KVM on this host lacks {0:?}")]
-    NoCapability(Cap),
-    /// KVM refused.
-    #[error("KVM can't {action}")]
-    Kvm {
-        /// What it refused.
-        action: &'static str,
-        /// Why.
-        source: kvm_ioctls::Error,
-    },
+    /// KVM.
+    #[error("no VM in KVM")]
+    Kvm(#[from] KvmError),
     /// vCPUs.
     #[error("no vCPUs")]
     Vcpu(#[from] VcpuError),
@@ -102,21 +80,12 @@ pub enum VmError {
     Seccomp(#[from] SeccompError),
 }
 
-/// The serial port and where its input comes from.
-pub struct Console {
-    /// The device.
-    pub port: Arc<SerialPort>,
-    /// Input, if there is any.
-    pub input: Option<File>,
-}
-
 /// What stays the same from build to end.
 pub struct Parts {
-    vm: Arc<VmFd>,
+    kvm: kvm::Machine,
     ram: GuestRam,
     boot: BootSource,
     machine: Machine,
-    irqchips: Vec<kvm_irqchip>,
     devices: Devices,
     /// The event device.
     pub events: Arc<EventDevice>,
@@ -142,23 +111,9 @@ pub struct Vm {
     resets: u64,
 }
 
-fn host(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
+fn unavailable(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
     move |source| VmError::Host { what, source }
 }
-
-fn kvm_failed(action: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
-    move |source| VmError::Kvm { action, source }
-}
-
-/// What is needed of KVM beyond the basics.
-const CAPABILITIES: [Cap; 6] = [
-    Cap::Irqchip,
-    Cap::Irqfd,
-    Cap::Ioeventfd,
-    Cap::IrqRouting,
-    Cap::UserMemory,
-    Cap::ImmediateExit,
-];
 
 /// Opens and makes everything that the VM needs.
 ///
@@ -167,30 +122,25 @@ const CAPABILITIES: [Cap; 6] = [
 /// Fails if the host, KVM or a file does not allow it.
 pub fn build(config: &Config) -> Result<Built, VmError> {
     let boot = BootSource::open(&config.kernel, config.initramfs.as_deref(), &config.command_line)?;
-    let kvm = Kvm::new().map_err(VmError::NoKvm)?;
-    if let Some(missing) = CAPABILITIES.into_iter().find(|cap| !kvm.check_extension(*cap)) {
-        return Err(VmError::NoCapability(missing));
-    }
-    let supported = Supported::of(&kvm).map_err(kvm_failed("tell what CPUID it supports"))?;
-    let address_bits = supported.address_bits();
+    let host = kvm::Host::open()?;
+    let address_bits = host.supported.address_bits();
     region::check_size(config.memory_bytes, address_bits)?;
-    let vm = Arc::new(create_vm(&kvm)?);
+    let kvm = host.create_machine()?;
     let ram = GuestRam::new(config.memory_bytes)?;
-    ram.register(&vm)?;
-    let irqchips = interrupt_chips(&vm)?;
-    let vcpus = vcpu::create(&kvm, &vm, &supported, config.cpus)?;
+    ram.register(&kvm.vm)?;
+    let vcpus = vcpu::create(&host, &kvm.vm, config.cpus)?;
     let backends = devices::connect(&config.devices, jail::watchdog()?)?;
-    let devices = Devices::attach(backends, &vm, address_bits)?;
+    let devices = Devices::attach(backends, &kvm.vm, address_bits)?;
     let gate = Arc::new(Gate::new());
-    let (notifier, mailbox) = event::channel(Arc::clone(&gate)).map_err(host("an eventfd"))?;
-    let events = Arc::new(EventDevice::new().map_err(host("the event device"))?);
-    let console = console(&config.serial)?;
+    let (notifier, mailbox) =
+        event::channel(Arc::clone(&gate)).map_err(unavailable("an eventfd"))?;
+    let events = Arc::new(EventDevice::new().map_err(unavailable("the event device"))?);
+    let console = Console::open(&config.serial).map_err(unavailable("the serial port"))?;
     let parts = Parts {
         machine: Machine { cpus: config.cpus, address_bits, has_serial: console.is_some() },
-        vm,
+        kvm,
         ram,
         boot,
-        irqchips,
         devices,
         events,
         console,
@@ -206,62 +156,11 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
     Ok(Built { parts, vcpus, around })
 }
 
-fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
-    let vm = loop {
-        match kvm.create_vm() {
-            // The kernel allocates much and lets a signal interrupt it.
-            Err(error) if error.errno() == libc::EINTR => {}
-            other => break other.map_err(kvm_failed("create a VM"))?,
-        }
-    };
-    vm.set_identity_map_address(layout::IDENTITY_MAP)
-        .map_err(kvm_failed("place its identity map"))?;
-    vm.set_tss_address(layout::TSS).map_err(kvm_failed("place its task state segment"))?;
-    vm.create_irq_chip().map_err(kvm_failed("make interrupt controllers"))?;
-    Ok(vm)
-}
-
-/// The interrupt controllers' first state, to come back to.
-fn interrupt_chips(vm: &VmFd) -> Result<Vec<kvm_irqchip>, VmError> {
-    [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC]
-        .into_iter()
-        .map(|chip_id| {
-            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
-            vm.get_irqchip(&mut chip).map_err(kvm_failed("read an interrupt controller"))?;
-            Ok(chip)
-        })
-        .collect()
-}
-
-fn console(config: &SerialConfig) -> Result<Option<Console>, VmError> {
-    let duplicate = |fd: BorrowedFd<'_>| {
-        fd.try_clone_to_owned().map(File::from).map_err(host("the serial port's descriptor"))
-    };
-    let (output, input) = match config {
-        SerialConfig::None => return Ok(None),
-        SerialConfig::Stdio => {
-            (duplicate(io::stdout().as_fd())?, Some(duplicate(io::stdin().as_fd())?))
-        }
-        SerialConfig::Fd(fd) => {
-            let both = File::from(sys::inherited_fd(*fd).map_err(host("the serial port"))?);
-            (both.try_clone().map_err(host("the serial port"))?, Some(both))
-        }
-        SerialConfig::File(path) => {
-            (File::create(path).map_err(host("the serial port's file"))?, None)
-        }
-    };
-    let port = Arc::new(SerialPort::new(output).map_err(host("the serial port"))?);
-    Ok(Some(Console { port, input }))
-}
-
 impl Parts {
     fn connect_interrupts(&self) -> Result<(), VmError> {
-        let connect = |interrupt: &EventFd, gsi| {
-            self.vm.register_irqfd(interrupt, gsi).map_err(kvm_failed("connect an interrupt"))
-        };
-        connect(self.events.interrupt(), layout::EVENT_GSI)?;
+        self.kvm.connect_pin(self.events.interrupt(), layout::EVENT_GSI)?;
         if let Some(console) = &self.console {
-            connect(console.port.interrupt(), layout::SERIAL_GSI)?;
+            self.kvm.connect_pin(console.port.interrupt(), layout::SERIAL_GSI)?;
         }
         Ok(())
     }
@@ -319,9 +218,7 @@ impl Vm {
         self.parts.mailbox.clear();
         self.parts.devices.reset();
         self.parts.events.reset();
-        for chip in &self.parts.irqchips {
-            self.parts.vm.set_irqchip(chip).map_err(kvm_failed("reset an interrupt controller"))?;
-        }
+        self.parts.kvm.reset_interrupt_controllers()?;
         self.parts.ram.wipe()?;
         let entry = self.parts.boot.load(&self.parts.ram)?;
         tables::write(&self.parts.machine, &self.parts.ram.memory)?;

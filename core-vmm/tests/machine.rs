@@ -11,7 +11,7 @@ mod assembled;
 
 use std::{
     fs,
-    io::Read,
+    io::{self, Read},
     os::fd::{AsRawFd, OwnedFd},
     os::unix::process::ExitStatusExt,
     path::PathBuf,
@@ -293,6 +293,13 @@ fn what_can_not_work_is_refused_with_its_own_exit_code_and_one_line() {
         ("fine", &["--cpus", "0"], VmmExit::Usage, "--cpus"),
         ("fine", &["--serial", "telnet"], VmmExit::Usage, "telnet"),
         ("fine", &["--control-fd", "99"], VmmExit::Failed, "control socket"),
+        ("fine", &["--vhost-user", "id=disk,fd=99,type=blk"], VmmExit::Backend, "disk"),
+        (
+            "fine",
+            &["--vhost-user", "id=d,socket=/nowhere/s,type=blk"],
+            VmmExit::Backend,
+            "/nowhere/s",
+        ),
     ] {
         let end = Vmm::start_kernel(tempfile::tempdir().unwrap(), path(kernel), args).end();
         assert_eq!(end.exit, Some(exit), "{kernel} {args:?}: {}", end.log);
@@ -347,4 +354,29 @@ fn a_vm_ends_at_the_supervisors_word_and_with_the_supervisor() {
         let end = vmm.end();
         assert_eq!(end.exit, Some(VmmExit::Stopped), "{}", end.log);
     }
+}
+
+#[test]
+fn a_vcpu_that_waits_for_a_reader_of_the_serial_port_is_stopped_too() {
+    if !has_kvm() {
+        return;
+    }
+    let (supervisor, theirs, number) = Supervisor::new();
+    let (reader, writer) = io::pipe().unwrap();
+    fcntl_setfd(&writer, FdFlags::empty()).unwrap();
+    let serial = format!("fd={}", writer.as_raw_fd());
+    // l: mov al, 'x'; mov dx, 0x3f8; out dx, al; jmp l
+    let guest = Guest::new().code(&[0xb0, b'x', 0x66, 0xba, 0xf8, 0x03, 0xee, 0xeb, 0xf7]);
+    let args = ["--cpus", "2", "--serial", &serial, "--control-fd", &number];
+    let vmm = Vmm::start(&guest, &args);
+    drop((theirs, writer));
+    let full = rustix::io::ioctl_fionread;
+    let end = Instant::now() + DEADLINE;
+    while full(&reader).unwrap() < 60_000 {
+        assert!(Instant::now() < end, "the guest fills the pipe");
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(supervisor.ask(1, Ask::Stop), Outcome::Done);
+    let end = vmm.end();
+    assert_eq!(end.exit, Some(VmmExit::Stopped), "{}", end.log);
 }

@@ -6,6 +6,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vm_superio::{Serial, Trigger, serial::SerialEvents};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -42,18 +43,26 @@ impl SerialEvents for Drained {
     }
 }
 
+/// How long a reader may keep the guest waiting before its bytes are lost.
+const PATIENCE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+const AT_ONCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+
 /// Where the bytes go.
 ///
-/// A reader that does not read may block a vCPU here, but never its end: the signal that calls it
-/// back interrupts the write, whose bytes are lost then.
-struct Sink(File);
+/// Writing never blocks for long: a vCPU that waits for a reader can't be stopped, and holds the
+/// lock that the control thread takes to give input. A reader that was too slow once is waited for
+/// no more until it reads again.
+struct Sink {
+    file: File,
+    is_stalled: bool,
+}
 
 impl Write for Sink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self.0.write(bytes) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(bytes.len()),
-            other => other,
-        }
+        let patience = if self.is_stalled { AT_ONCE } else { PATIENCE };
+        let mut ready = [PollFd::new(&self.file, PollFlags::OUT)];
+        self.is_stalled = poll(&mut ready, Some(&patience)).is_ok_and(|count| count == 0);
+        if self.is_stalled { Ok(bytes.len()) } else { self.file.write(bytes) }
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -83,7 +92,7 @@ impl SerialPort {
         let uart = Serial::with_events(
             Interrupt(interrupt.try_clone()?),
             Drained(drained.try_clone()?),
-            Sink(output),
+            Sink { file: output, is_stalled: false },
         );
         Ok(Self { uart: Mutex::new(uart), interrupt, drained })
     }

@@ -1,10 +1,9 @@
 //! The gate that lets all vCPU threads run, holds them, and ends them.
 //!
 //! ```text
-//!            open()                    finish()
-//!   Hold ────────────▶ Run      any ────────────▶ Finish
-//!    ▲  ◀──────────────┘ hold()
-//!    │ reset(): each vCPU takes its start state once, then holds
+//!   Hold ---- Run ----> Run       any ---- Finish ----> Finish
+//!    |  <--- hold() ---+
+//!    +---- Reset: each vCPU takes its start state once, then holds
 //! ```
 //!
 //! The control thread gives the orders. A vCPU thread may only `hold` (the guest powered off:

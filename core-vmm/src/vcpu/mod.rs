@@ -12,7 +12,7 @@ use std::{
     thread::{Builder, JoinHandle},
 };
 
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, VmFd};
 
 pub mod cpuid;
 pub mod exit;
@@ -21,12 +21,11 @@ pub mod registers;
 pub mod thread;
 
 use self::{
-    cpuid::Supported,
     exit::ExitCounts,
     gate::Order,
     thread::{Shared, Surroundings, Vcpu},
 };
-use crate::{boot::Entry, sys};
+use crate::{boot::Entry, kvm::Host, sys};
 
 /// The most vCPUs: ids beyond need interrupts with extended destinations.
 const MAX_VCPUS: u32 = 254;
@@ -86,18 +85,13 @@ pub struct Vcpus {
 /// # Errors
 ///
 /// Fails if they are more than KVM gives, or KVM refuses one.
-pub fn create(
-    kvm: &Kvm,
-    vm: &VmFd,
-    supported: &Supported,
-    count: u32,
-) -> Result<Vec<Vcpu>, VcpuError> {
+pub fn create(host: &Host, vm: &VmFd, count: u32) -> Result<Vec<Vcpu>, VcpuError> {
     let host_max = u32::try_from(vm.check_extension_int(Cap::MaxVcpus)).unwrap_or(0);
     let max = host_max.min(MAX_VCPUS);
     if count > max {
         return Err(VcpuError::TooMany { count, max });
     }
-    (0..count).map(|index| Vcpu::new((kvm, vm), supported, index, count)).collect()
+    (0..count).map(|index| Vcpu::new(host, vm, index, count)).collect()
 }
 
 impl Vcpus {

@@ -5,12 +5,11 @@ use std::sync::{
     atomic::{AtomicI32, Ordering},
 };
 
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{VcpuFd, VmFd};
 use seccompiler::BpfProgram;
 
 use super::{
-    VcpuError,
-    cpuid::{self, Supported},
+    VcpuError, cpuid,
     exit::{self, After, Buses, ExitCounts, Registers},
     gate::{Gate, Order},
     registers::{self, ResetState},
@@ -18,6 +17,7 @@ use super::{
 use crate::{
     boot::Entry,
     event::{GuestEvent, Notifier},
+    kvm::Host,
     sys::{self, ImmediateExit},
 };
 
@@ -74,17 +74,13 @@ impl Vcpu {
     /// # Errors
     ///
     /// Fails if KVM refuses any part.
-    pub fn new(
-        (kvm, vm): (&Kvm, &VmFd),
-        supported: &Supported,
-        index: u32,
-        count: u32,
-    ) -> Result<Self, VcpuError> {
+    pub fn new(host: &Host, vm: &VmFd, index: u32, count: u32) -> Result<Self, VcpuError> {
         let failed = |action| move |source| VcpuError::Kvm { action, index, source };
         let fd = vm.create_vcpu(index.into()).map_err(failed("make"))?;
-        let cpuid = cpuid::to_kvm(&supported.for_vcpu(index, count)).map_err(failed("describe"))?;
+        let cpuid =
+            cpuid::to_kvm(&host.supported.for_vcpu(index, count)).map_err(failed("describe"))?;
         fd.set_cpuid2(&cpuid).map_err(failed("set the CPUID of"))?;
-        let msrs = kvm.get_msr_index_list().map_err(failed("list the MSRs of"))?;
+        let msrs = host.kvm.get_msr_index_list().map_err(failed("list the MSRs of"))?;
         let reset_state = ResetState::capture(&fd, msrs.as_slice())?;
         Ok(Self { index, fd, reset_state, is_fresh: true })
     }
