@@ -1,8 +1,8 @@
 //! From the first instruction to a running service, and to the end of the machine.
 //!
 //! ```text
-//! guest:       mounts → journal → modules → control groups → lo → seal root → serve → power off
-//! namespaces:  unshare → mounts → control groups → lo → serve → return
+//! guest:       mounts -> journal -> modules -> control groups -> lo -> seal root -> serve -> power off
+//! namespaces:  unshare -> mounts -> control groups -> lo -> serve -> return
 //! ```
 
 use std::{

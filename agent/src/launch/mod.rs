@@ -6,10 +6,10 @@
 //!
 //! ```text
 //! agent (async)                               child (blocking)
-//!   order, descriptors ───── SEQPACKET ─────▶  libcontainer: create, or join and execve
-//!                      ◀──── answer, terminal  made (it waits), or running, or why not
-//!   start ─────────────────────────────────▶   (create only) lets the init execve
-//!                      ◀─ status pipe ───────  closed by execve, or its error
+//!   order, descriptors ----- SEQPACKET ----->  libcontainer: create, or join and execve
+//!                      <---- answer, terminal  made (it waits), or running, or why not
+//!   start --------------------------------->   (create only) lets the init execve
+//!                      <- status pipe -------  closed by execve, or its error
 //! ```
 //! The processes made are children of the agent, which reaps them.
 

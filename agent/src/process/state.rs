@@ -1,9 +1,9 @@
 //! The life of a process, as a value and one transition function.
 //!
 //! ```text
-//! Created ──Start──▶ Starting ──Executed──▶ Running ──┐
-//!    │                  │                             │ Ended
-//!    └──────────────────┴─────────────────────────────┴──▶ Ended
+//! Created --Start--> Starting --Executed--> Running --.
+//!    |                  |                             | Ended
+//!    `------------------+-----------------------------+--> Ended
 //! ```
 //! A container's init has a pid from the beginning: it waits before its execve. A process that was
 //! added has none until it runs.

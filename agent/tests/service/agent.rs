@@ -30,7 +30,7 @@ use tokio::{
 use ttrpc::{Code, context::with_timeout};
 
 /// No step of a test takes this long on a machine that is not stuck.
-pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 const BUSYBOX: &str = "/bin/busybox";
 
 /// Runs a test against an agent of its own; every test has a deadline.

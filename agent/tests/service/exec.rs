@@ -61,11 +61,11 @@ fn input_reaches_an_added_process() {
 }
 
 #[test]
-fn a_hundred_added_processes_leave_nothing_behind() {
+fn thirty_added_processes_leave_nothing_behind() {
     with_agent(|agent| async move {
         agent.create("c", &["sleep", "1000"]).await;
         agent.start("c", "").await.unwrap();
-        for number in 0..100 {
+        for number in 0..30 {
             let exec = format!("x{number}");
             agent.exec("c", &exec, &json!({ "args": ["true"] }), false).await.unwrap();
             agent.start("c", &exec).await.unwrap();
