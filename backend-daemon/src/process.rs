@@ -34,7 +34,7 @@ pub struct Policy {
     /// The feature names in `--print-capabilities`, from QEMU's `docs/interop/vhost-user.json`.
     pub features: &'static [&'static str],
     /// System calls that the workers need besides the daemon's own allow-list, by number
-    /// (`libc::SYS_…`).
+    /// (`libc::SYS_...`).
     pub worker_syscalls: &'static [i64],
     /// Capabilities that stay permitted and effective; all others are dropped for good.
     pub keep_capabilities: &'static [caps::Capability],

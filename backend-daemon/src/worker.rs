@@ -1,9 +1,9 @@
 //! A worker's thread: it owns the rings of one group and runs until the process ends.
 //!
 //! ```text
-//!   protocol thread ── order ──▶ ┌───────────────┐ ── interrupt ──▶ guest
-//!                   ◀─ answer ── │ poll → worker │
-//!   guest ── kick ─────────────▶ └───────────────┘ ◀── the worker's own sources
+//!   protocol thread -- order --> .---------------. -- interrupt --> guest
+//!                   <- answer -- | poll -> worker |
+//!   guest -- kick -------------> `---------------' <-- the worker's own sources
 //! ```
 //!
 //! Orders come through a channel and are executed between two calls of the worker, so that the

@@ -1,9 +1,9 @@
 //! The process's threads: the workers, the protocol's, and the main one that waits for all.
 //!
 //! ```text
-//!            ┌─ worker 0 … n: serve queues        (never end, but by a fault)
-//!   main ────┤
-//!    waits   └─ protocol: one frontend at a time  (ends with a connected socket)
+//!            .- worker 0 ... n: serve queues        (never end, but by a fault)
+//!   main ----+
+//!    waits   `- protocol: one frontend at a time  (ends with a connected socket)
 //!    for SIGTERM, SIGINT and for the end of any of them
 //! ```
 //!
