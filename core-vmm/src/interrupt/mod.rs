@@ -6,8 +6,8 @@
 //! the other end.
 //!
 //! ```text
-//! MsiRouter   one per VM: GSI ──▶ message, the whole table told to KVM at each change
-//! Vectors     one per function: eventfd ──▶ vector ──▶ GSI, bound while the guest lets it fire
+//! MsiRouter   one per VM: GSI --> message, the whole table told to KVM at each change
+//! Vectors     one per function: eventfd --> vector --> GSI, bound while the guest lets it fire
 //! ```
 //!
 //! KVM stands behind [`Irqchip`], so everything here is tested without it.

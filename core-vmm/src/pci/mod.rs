@@ -6,10 +6,10 @@
 //! naturally aligned pieces of 1, 2 or 4 bytes in configuration space.
 //!
 //! ```text
-//! cf8/cfc, ECAM ──▶ PciBus ──▶ PciFunction::write_config ──▶ ConfigEffect::BarsMoved
-//!                     │                                             │
-//!                     └── the map of decoded BARs ◀─────────────────┘
-//! low/high window ──▶ PciBus (map) ──▶ PciFunction::{read_bar, write_bar}
+//! cf8/cfc, ECAM --> PciBus --> PciFunction::write_config --> ConfigEffect::BarsMoved
+//!                     |                                             |
+//!                     `-- the map of decoded BARs <-----------------'
+//! low/high window --> PciBus (map) --> PciFunction::{read_bar, write_bar}
 //! ```
 //!
 //! Nothing here knows virtio, KVM or ACPI.

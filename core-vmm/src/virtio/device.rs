@@ -1,8 +1,8 @@
 //! The half of a virtio device that the control thread owns: it talks with the backend.
 //!
 //! ```text
-//! DRIVER_OK ─▶ Negotiated.start ─▶ Running        reset ─▶ Running.stop ─▶ Negotiated
-//! any error, hang-up or time-out ─▶ Lost: NEEDS_RESET, the VM lives on
+//! DRIVER_OK -> Negotiated.start -> Running        reset -> Running.stop -> Negotiated
+//! any error, hang-up or time-out -> Lost: NEEDS_RESET, the VM lives on
 //! ```
 
 use std::fmt;

@@ -5,13 +5,13 @@
 //!
 //! ```text
 //!            vCPU threads                        control thread
-//!   ┌─────────────────────────────┐   ┌───────────────────────────────────┐
-//!   │ VirtioFunction: PciFunction │   │ VirtioDevice                      │
-//!   │  config space, MSI-X        │   │  frontend:                        │
-//!   │  pci_registers (pure)       │──▶│   Connected ▶ Negotiated ▶ Running│──▶ backend
-//!   │  config cache, doorbells    │   │                  ▲            │   │
-//!   └─────────────────────────────┘   │                  └── reset ───┘   │
-//!       one lock, register work       └───────────────────────────────────┘
+//!   .-----------------------------.   .-----------------------------------.
+//!   | VirtioFunction: PciFunction |   | VirtioDevice                      |
+//!   |  config space, MSI-X        |   |  frontend:                        |
+//!   |  pci_registers (pure)       |-->|   Connected > Negotiated > Running|--> backend
+//!   |  config cache, doorbells    |   |                  ^            |   |
+//!   `-----------------------------'   |                  `-- reset ---'   |
+//!       one lock, register work       `-----------------------------------'
 //! ```
 //!
 //! A vCPU never waits for a backend. DRIVER_OK, a reset and writes to the device's configuration

@@ -1,9 +1,9 @@
 //! The vhost-user frontend: a conversation with one backend, as a chain of types.
 //!
 //! ```text
-//! Connected ──negotiate──▶ Negotiated ──start──▶ Running
-//!                              ▲                    │
-//!                              └───────stop─────────┘        any error: Lost { kept }
+//! Connected --negotiate--> Negotiated --start--> Running
+//!                              ^                    |
+//!                              `-------stop---------'        any error: Lost { kept }
 //! ```
 //!
 //! What outlives a connection is [`Kept`]: all that a new process in the backend's place has to be

@@ -5,9 +5,9 @@
 //! nothing.
 //!
 //! ```text
-//! reset ─▶ ACKNOWLEDGE ─▶ DRIVER ─▶ FEATURES_OK ─▶ DRIVER_OK ─▶ (NEEDS_RESET)
-//!   ▲                                  only if the driver chose well     │
-//!   └── finish_reset ◀── resetting (status still reads as before) ◀─ 0 ──┘
+//! reset -> ACKNOWLEDGE -> DRIVER -> FEATURES_OK -> DRIVER_OK -> (NEEDS_RESET)
+//!   ^                                  only if the driver chose well     |
+//!   `-- finish_reset <-- resetting (status still reads as before) <- 0 --'
 //! ```
 
 mod queue;
