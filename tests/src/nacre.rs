@@ -47,7 +47,7 @@ impl User {
         self.state.path()
     }
 
-    /// `nacre ARGS…`, not yet started.
+    /// `nacre ARGS...`, not yet started.
     ///
     /// # Errors
     ///
@@ -59,7 +59,7 @@ impl User {
         Ok(command)
     }
 
-    /// `nacre ARGS…`, run to its end.
+    /// `nacre ARGS...`, run to its end.
     ///
     /// # Errors
     ///
@@ -68,7 +68,7 @@ impl User {
         finish(&mut self.command(args)?)
     }
 
-    /// `nacre run OPTIONS… --rootfs BUSYBOX -- COMMAND…`, run to its end.
+    /// `nacre run OPTIONS... --rootfs BUSYBOX -- COMMAND...`, run to its end.
     ///
     /// # Errors
     ///
