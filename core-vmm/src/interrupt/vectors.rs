@@ -15,6 +15,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Gsi, MsiRoute, MsiRouter, descriptor};
+use crate::error_chain;
+use crate::pci::complaint::Complaints;
 use crate::pci::msix::{Msix, MsixEffect};
 
 /// A source that fires nothing (virtio 1.3, section 4.1.5.1.2: VIRTIO_MSI_NO_VECTOR).
@@ -31,6 +33,7 @@ pub struct Vectors {
     /// The line of each vector that could fire once; `msix.vectors()` of them.
     lines: Vec<Option<Gsi>>,
     sources: Vec<Source>,
+    complaints: Complaints,
 }
 
 struct Source {
@@ -40,20 +43,22 @@ struct Source {
 }
 
 impl Vectors {
-    /// One vector and one source for each of `events`; every source fires nothing yet.
+    /// One vector and one source for each of `events`; every source fires nothing yet. `name` is
+    /// for the log.
     ///
     /// # Panics
     ///
     /// Panics if `events` is empty or longer than MSI-X allows (2048).
     #[must_use]
-    pub fn new(router: Arc<MsiRouter>, events: Vec<EventFd>) -> Self {
+    pub fn new(name: &str, router: Arc<MsiRouter>, events: Vec<EventFd>) -> Self {
         let count = u16::try_from(events.len()).expect("a function has at most 2048 sources");
         let sources = events
             .into_iter()
             .map(|event| Source { event, vector: NO_VECTOR, bound: None })
             .collect();
         let lines = vec![None; usize::from(count)];
-        Self { router, msix: Msix::new(count), lines, sources }
+        let complaints = Complaints::about(name);
+        Self { router, msix: Msix::new(count), lines, sources, complaints }
     }
 
     /// The table as the guest sees it.
@@ -127,31 +132,34 @@ impl Vectors {
                     *line = Some(gsi);
                     routes.push(MsiRoute { gsi, message });
                 }
-                Err(error) => log::warn!("vector {} stays silent: {error}", source.vector),
+                Err(error) => {
+                    let vector = source.vector;
+                    self.complaints.log(format_args!("vector {vector} stays silent: {error}"));
+                }
             }
         }
         if let Err(error) = self.router.route(&routes) {
             // A guest's message that the kernel can't send: this function stays silent.
-            log::warn!("interrupts stay pending: {error}");
+            let error = error_chain(&error);
+            self.complaints.log(format_args!("interrupts stay pending: {error}"));
             return;
         }
         for (source, message) in self.sources.iter_mut().zip(&wanted) {
             let line = self.lines.get(usize::from(source.vector)).copied().flatten();
             if let (Some(gsi), Some(_message), None) = (line, message, source.bound) {
-                source.bind(&self.router, gsi);
+                match self.router.bind(&source.event, gsi) {
+                    Ok(()) => source.bound = Some(gsi),
+                    Err(error) => {
+                        let what = format_args!("cannot bind line {}: {error}", gsi.0);
+                        self.complaints.log(what);
+                    }
+                }
             }
         }
     }
 }
 
 impl Source {
-    fn bind(&mut self, router: &MsiRouter, gsi: Gsi) {
-        match router.bind(&self.event, gsi) {
-            Ok(()) => self.bound = Some(gsi),
-            Err(error) => log::warn!("cannot bind an interrupt to line {}: {error}", gsi.0),
-        }
-    }
-
     fn unbind(&mut self, router: &MsiRouter) {
         if let Some(gsi) = self.bound.take()
             && let Err(error) = router.unbind(&self.event, gsi)
@@ -247,7 +255,7 @@ mod tests {
         let router = Arc::new(MsiRouter::new(Arc::clone(&chip) as Arc<dyn Irqchip>));
         let events: Vec<EventFd> = (0..3).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
         let clones = events.iter().map(|event| event.try_clone().unwrap()).collect();
-        let mut vectors = Vectors::new(router, clones);
+        let mut vectors = Vectors::new("test", router, clones);
         vectors.change(|msix| msix.set_control(1 << 15));
         Setup { chip, events, vectors }
     }

@@ -18,6 +18,7 @@
 
 pub mod bar;
 pub mod bus;
+pub(crate) mod complaint;
 pub mod config_access;
 pub mod config_space;
 mod host_bridge;

@@ -267,7 +267,7 @@ fn function(
         kind: kept.config.kind,
         registers: PciRegisters::new(kept.offered(), &sizes, config, writable),
         config_len_bytes,
-        vectors: Vectors::new(Arc::clone(&services.router), events),
+        vectors: Vectors::new(&kept.config.id, Arc::clone(&services.router), events),
         kicks,
         config_event,
         wake: own(wake)?,

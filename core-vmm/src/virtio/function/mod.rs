@@ -15,6 +15,7 @@ use super::doorbell::Doorbells;
 use super::pci_registers::{Activation, ConfigWrite, Effect, PciRegisters};
 use crate::interrupt::Vectors;
 use crate::pci::bus::locked;
+use crate::pci::complaint::Complaints;
 use crate::pci::config_space::{self, CONVENTIONAL_LEN_BYTES, ConfigSpace, Identity};
 use crate::pci::{AddressRange, BarIndex, BarSpec, ConfigEffect, PciFunction};
 
@@ -76,8 +77,7 @@ struct State {
     /// The driver became ready since the last reset, so that the control thread has to finish the
     /// next one.
     handed_over: bool,
-    /// What the guest did wrong.
-    refusals: u64,
+    complaints: Complaints,
 }
 
 impl VirtioFunction {
@@ -101,7 +101,7 @@ impl VirtioFunction {
             notify_base: None,
             config_writes: VecDeque::new(),
             handed_over: false,
-            refusals: 0,
+            complaints: Complaints::about(&parts.name),
         };
         Self {
             name: parts.name,
@@ -179,8 +179,8 @@ impl VirtioFunction {
                 state.config_writes.push_back(write);
                 signal(&self.wake, &self.name);
             }
-            Effect::ConfigWritten(_) => state.refuse(&self.name, "floods its configuration"),
-            Effect::Refused(what) => state.refuse(&self.name, what),
+            Effect::ConfigWritten(_) => state.refuse("floods its configuration"),
+            Effect::Refused(what) => state.refuse(what),
         }
     }
 
@@ -189,10 +189,11 @@ impl VirtioFunction {
     }
 
     fn move_doorbells(&self, state: &mut State, base: Option<u64>) {
-        let outcome = |what: &str, address: u64, result: io::Result<()>| {
+        let complaints = &mut state.complaints;
+        let mut outcome = |what: &str, address: u64, result: io::Result<()>| {
             if let Err(error) = result {
                 // A kick then stops in the VMM, which passes it on: slower, not lost.
-                log::warn!("{}: cannot {what} the doorbell at {address:#x}: {error}", self.name);
+                complaints.log(format_args!("cannot {what} doorbell {address:#x}: {error}"));
             }
         };
         for (address, kick) in state.notify_base.into_iter().flat_map(|b| self.notify_addresses(b))
@@ -214,12 +215,8 @@ impl State {
         self.handed_over = false;
     }
 
-    /// Logs the 1st, 2nd, 4th, 8th ... time: a guest can't fill the host's log.
-    fn refuse(&mut self, name: &str, what: &str) {
-        self.refusals = self.refusals.saturating_add(1);
-        if self.refusals.is_power_of_two() {
-            log::warn!("{name}: the driver {what} ({} refusals so far)", self.refusals);
-        }
+    fn refuse(&mut self, what: &str) {
+        self.complaints.log(format_args!("the driver {what}"));
     }
 }
 
@@ -336,3 +333,6 @@ impl Drop for VirtioFunction {
         self.move_doorbells(&mut self.state(), None);
     }
 }
+
+#[cfg(test)]
+mod tests;
