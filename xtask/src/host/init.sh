@@ -32,6 +32,8 @@ $B mount -t cgroup2 cgroup $R/sys/fs/cgroup
 $B mount -t tmpfs -o mode=755 tmpfs $R/run
 $B mount -t tmpfs -o mode=1777 tmpfs $R/tmp
 $B mount -t virtiofs host $R/host || echo "nacre-host: cannot mount the share"
+# A guest's kernel is read through the share: by 4 MiB it comes six times faster than by 128 KiB.
+echo 4096 > $R/sys/class/bdi/$($B mountpoint -d $R/host)/read_ahead_kb
 $B ip link set lo up
 wait
 $B ip link set eth0 up
