@@ -75,7 +75,7 @@ pub fn serve(parts: &Parts, clients: Clients, log: &Path) -> Result<()> {
     if let Err(error) = served {
         let console = fs::read(log).unwrap_or_default();
         let console = tail(&String::from_utf8_lossy(&console));
-        return Err(error.context(format!("its log is {}:\n{console}", log.display())));
+        bail!("{error:#}\nthe end of its log {}:\n{console}", log.display());
     }
     // The log matters only after a failure.
     drop(fs::remove_file(log));

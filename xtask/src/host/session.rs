@@ -15,7 +15,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Output, Stdio, id};
+use std::process::{Child, Command, Stdio, id};
 use std::{env, thread};
 
 /// An emulated host of certain parts, up or not.
@@ -32,6 +32,17 @@ pub struct Session {
     client: Client,
     /// The server of a private host, which ends after us.
     server: Option<Child>,
+}
+
+/// What a job wrote, and how it ended.
+#[derive(Debug)]
+pub struct Captured {
+    /// How it ended.
+    pub ending: Ending,
+    /// All of its standard output.
+    pub stdout: Vec<u8>,
+    /// All of its standard error.
+    pub stderr: Vec<u8>,
 }
 
 impl Emulated {
@@ -173,12 +184,11 @@ impl Session {
     ///
     /// # Errors
     /// The job cannot be started, or the host is gone.
-    pub fn output(self, spec: JobSpec) -> Result<(Ending, Output)> {
+    pub fn output(self, spec: JobSpec) -> Result<Captured> {
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         let streams = Streams { input: None, output: &mut stdout, error: &mut stderr };
         let ending = self.finish(spec, streams)?;
-        let status = ExitStatus::default();
-        Ok((ending, Output { status, stdout, stderr }))
+        Ok(Captured { ending, stdout, stderr })
     }
 
     fn finish(self, spec: JobSpec, streams: Streams<'_>) -> Result<Ending> {
