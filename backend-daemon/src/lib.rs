@@ -12,6 +12,7 @@ pub mod ring;
 pub mod testing;
 
 mod doorbell;
+mod early;
 mod memory;
 mod poll;
 mod protocol;

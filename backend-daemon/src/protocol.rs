@@ -15,10 +15,11 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{
     BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut,
-    VhostUserProtocolFeatures,
+    VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
 
 use crate::device::Device;
+use crate::early;
 use crate::logging::chain;
 use crate::memory::MAX_REGIONS;
 use crate::session::{Session, SessionError};
@@ -38,13 +39,31 @@ pub(crate) fn serve<D: Device>(
     session: &SharedSession<D>,
 ) -> std::result::Result<(), SessionError> {
     log::debug!("a frontend connected");
+    let own = match stream.try_clone() {
+        Ok(own) => own,
+        Err(error) => {
+            log::warn!("dropped the frontend: {error}");
+            return Ok(());
+        }
+    };
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(session));
     loop {
+        // A socket that fails here fails for the handler too, which then says how.
+        let early = early::peek(&own).unwrap_or_default();
         match handler.handle_request() {
             Ok(()) | Err(Error::SocketRetry(_)) => {}
             Err(Error::Disconnected) => {
                 log::debug!("the frontend hung up");
                 break;
+            }
+            Err(Error::InactiveFeature(VhostUserVirtioFeatures::PROTOCOL_FEATURES))
+                if let Some(state) = early =>
+            {
+                let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
+                if session.enable(state.index, state.enable).is_err() || state.answer(&own).is_err()
+                {
+                    break;
+                }
             }
             Err(error) => {
                 log::warn!("dropped the frontend: {}", chain(&error));
