@@ -79,6 +79,9 @@ impl Surroundings<'_> {
     }
 }
 
+/// The length of a share's tag in its configuration space.
+const FS_TAG_BYTES: usize = 36;
+
 /// The VMM's end of a backend's socket.
 #[derive(Debug)]
 pub struct VmmEnd {
@@ -86,6 +89,8 @@ pub struct VmmEnd {
     pub id: String,
     /// The VMM's word for the kind of device.
     pub kind: &'static str,
+    /// The device's configuration space, for a backend that does not tell it. Empty: it tells.
+    pub config: Vec<u8>,
     /// The socket, connected.
     pub socket: OwnedFd,
 }
@@ -214,7 +219,27 @@ fn start(
     let launch = launch.args(arguments(device, surroundings.files));
     let child = launch.start(&surroundings.files.child_log(&id))?;
     let ready = pipe::Receiver::from_owned_fd(ready.into()).map_err(failed)?;
-    Ok((Backend { child, ready }, VmmEnd { id, kind, socket }))
+    let config = config_space(device, network);
+    Ok((Backend { child, ready }, VmmEnd { id, kind, config, socket }))
+}
+
+/// What is known here of a device's configuration space (virtio 1.3, sections 5.1.4 and 5.11.4).
+fn config_space(device: &DevicePlan, network: Option<&Network>) -> Vec<u8> {
+    match (device, network) {
+        (DevicePlan::Share { tag, .. }, _) => {
+            let mut bytes = tag.as_bytes().to_vec();
+            bytes.resize(FS_TAG_BYTES, 0);
+            bytes.extend(1_u32.to_le_bytes());
+            bytes
+        }
+        (DevicePlan::Network, Some(network)) => {
+            let (link_up, pairs, mtu) = (1_u16, 1_u16, 0_u16);
+            let mut bytes = network.pair.mac_bytes().to_vec();
+            bytes.extend([link_up, pairs, mtu].map(u16::to_le_bytes).as_flattened());
+            bytes
+        }
+        _ => Vec::new(),
+    }
 }
 
 fn arguments(device: &DevicePlan, files: &SandboxFiles) -> Vec<OsString> {

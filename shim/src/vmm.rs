@@ -112,9 +112,14 @@ impl Vmm {
             "--control-fd".to_owned(),
             control_number.to_string(),
         ];
-        for VmmEnd { id, kind, socket } in devices {
+        for VmmEnd { id, kind, config, socket } in devices {
             let number = launch.hand_in(socket);
-            words.extend(["--vhost-user".to_owned(), format!("id={id},fd={number},type={kind}")]);
+            let mut device = format!("id={id},fd={number},type={kind}");
+            if !config.is_empty() {
+                let digits: String = config.iter().map(|byte| format!("{byte:02x}")).collect();
+                device = format!("{device},config={digits}");
+            }
+            words.extend(["--vhost-user".to_owned(), device]);
         }
         let launch = launch
             .args([

@@ -49,8 +49,14 @@ impl Pair {
     /// the host.
     #[must_use]
     pub fn mac(self) -> String {
+        self.mac_bytes().map(|byte| format!("{byte:02x}")).join(":")
+    }
+
+    /// The same as bytes.
+    #[must_use]
+    pub fn mac_bytes(self) -> [u8; 6] {
         let [a, b, c, d] = self.guest().octets();
-        format!("02:4e:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
+        [0x02, 0x4e, a, b, c, d]
     }
 
     /// What is recorded before anything of it exists.
