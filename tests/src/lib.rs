@@ -9,5 +9,6 @@ pub mod machine;
 pub mod nacre;
 pub mod packet;
 pub mod process;
+pub mod relay;
 
 mod sys;

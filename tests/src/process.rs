@@ -1,12 +1,15 @@
 //! A child process that is never waited for without a deadline and never outlives its test.
 
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+
+use crate::sys;
 
 /// How long anything may take here: far above what it takes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -121,6 +124,15 @@ impl Drop for Process {
             eprintln!("--- {} said:\n{said}", self.name);
         }
     }
+}
+
+/// A copy of an inherited descriptor, by its number.
+///
+/// # Errors
+///
+/// Fails if there is none.
+pub fn inherited(number: i32) -> Result<OwnedFd> {
+    sys::duplicate(number).with_context(|| format!("no descriptor {number} was inherited"))
 }
 
 /// Reads a pipe to its end on a thread of its own.

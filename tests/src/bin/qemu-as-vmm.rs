@@ -2,10 +2,13 @@
 //! of us wrote, with our backends. `NACRE_QEMU` is the command that starts QEMU.
 
 use std::env;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
+use nacre_tests::{process, relay};
 
 /// What of the VMM's command line matters to QEMU.
 #[derive(Debug, Default)]
@@ -15,7 +18,17 @@ struct Machine {
     devices: usize,
 }
 
+/// The hidden first argument of the process that stands between QEMU and a backend.
+const RELAY: &str = "relay";
+
 fn main() -> Result<()> {
+    if env::args().nth(1).as_deref() == Some(RELAY) {
+        let stdin = rustix::io::dup(rustix::stdio::stdin())?;
+        let listener = UnixListener::from(stdin);
+        let backend = rustix::io::dup(rustix::stdio::stdout())?;
+        let (qemu, _) = listener.accept()?;
+        return relay::run(&qemu.into(), &backend);
+    }
     let qemu = env::var("NACRE_QEMU").context("NACRE_QEMU")?;
     let mut machine = Machine::default();
     let mut flags = env::args().skip(1);
@@ -57,30 +70,45 @@ impl Machine {
     }
 
     fn serial(&mut self, value: &str) -> Result<()> {
-        let path = value.strip_prefix("file=").context("only a serial port to a file")?;
-        self.add(&["-serial", &format!("file:{path}")]);
+        let number = value.strip_prefix("fd=").context("only a serial port to a descriptor")?;
+        // A device file that is the descriptor: QEMU's chardev takes paths.
+        self.add(&["-serial", &format!("file:/proc/self/fd/{number}")]);
         Ok(())
     }
 
     fn device(&mut self, value: &str) -> Result<()> {
         let field = |key: &str| value.split(',').find_map(|part| part.strip_prefix(key));
         let number = field("fd=").context("only devices given as fd")?;
+        let kind = field("type=").context("a device without a type")?;
         let chardev = format!("c{}", self.devices);
         self.devices += 1;
-        self.add(&["-chardev", &format!("socket,id={chardev},fd={number}")]);
-        match field("type=").context("a device without a type")? {
+        // QEMU passes no descriptors for a nic over a socket that was handed to it.
+        let place = match kind {
+            "net" => format!("path={}", relay_to(number)?),
+            _ => format!("fd={number}"),
+        };
+        self.add(&["-chardev", &format!("socket,id={chardev},{place}")]);
+        match kind {
             "blk" => self.add(&["-device", &format!("vhost-user-blk-pci,chardev={chardev}")]),
             "vsock" => self.add(&["-device", &format!("vhost-user-vsock-pci,chardev={chardev}")]),
             "fs" => {
-                let tag = tag(field("config=").context("a share without its configuration")?)?;
+                let config = field("config=").context("a share without its configuration")?;
+                let tag = String::from_utf8(bytes(config)?)?;
+                let tag = tag.split('\0').next().unwrap_or_default();
                 let device = format!("vhost-user-fs-pci,chardev={chardev},tag={tag}");
                 self.add(&["-device", &device]);
             }
             "net" => {
                 let netdev = format!("vhost-user,id=n{chardev},chardev={chardev}");
-                let mac = field("mac=").map_or(String::new(), |mac| format!(",mac={mac}"));
+                let config = field("config=").context("a nic without its configuration")?;
+                let mac = bytes(config)?
+                    .iter()
+                    .take(6)
+                    .map(|byte| format!("{byte:02x}"))
+                    .collect::<Vec<_>>()
+                    .join(":");
                 self.add(&["-netdev", &netdev]);
-                self.add(&["-device", &format!("virtio-net-pci,netdev=n{chardev}{mac}")]);
+                self.add(&["-device", &format!("virtio-net-pci,netdev=n{chardev},mac={mac}")]);
             }
             other => bail!("a device of type {other}"),
         }
@@ -88,11 +116,22 @@ impl Machine {
     }
 }
 
-/// The tag at the beginning of a virtio-fs configuration space in hexadecimal digits.
-fn tag(config: &str) -> Result<String> {
-    ensure!(config.is_ascii() && config.len() >= 72, "{config} is no virtio-fs configuration");
-    let bytes: Vec<u8> = (0..36)
-        .map(|at| u8::from_str_radix(&config[2 * at..2 * at + 2], 16))
-        .collect::<std::result::Result<_, _>>()?;
-    Ok(String::from_utf8(bytes)?.trim_end_matches('\0').to_owned())
+/// Starts a process between a new socket, whose path it gives, and the backend's.
+fn relay_to(number: &str) -> Result<String> {
+    let folder = tempfile::tempdir()?.keep();
+    let path = folder.join("net.sock");
+    let listener = UnixListener::bind(&path)?;
+    let backend = process::inherited(number.parse()?)?;
+    let mut command = Command::new(env::current_exe()?);
+    command.arg(RELAY).stdin(OwnedFd::from(listener)).stdout(backend).spawn()?;
+    Ok(path.display().to_string())
+}
+
+/// What hexadecimal digits stand for.
+fn bytes(digits: &str) -> Result<Vec<u8>> {
+    ensure!(digits.is_ascii() && digits.len().is_multiple_of(2), "{digits} are no bytes");
+    let pairs = (0..digits.len()).step_by(2);
+    Ok(pairs
+        .map(|at| u8::from_str_radix(&digits[at..at + 2], 16))
+        .collect::<std::result::Result<_, _>>()?)
 }

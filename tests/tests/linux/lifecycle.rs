@@ -23,6 +23,7 @@ fn two_sandboxes_run_at_once_and_each_can_be_entered() -> Result<()> {
         user.nacre(&["logs", name])?.prints("started\n")?;
     }
     user.nacre(&["exec", "one", "sh", "-c", "exit 9"])?.code(9)?;
+    user.nacre(&["exec", "one", "sh", "-c", "kill -KILL $$"])?.code(128 + 9)?;
     user.nacre(&["stop", "one"])?.code(0)?;
     let listed = user.nacre(&["ps"])?.code(0)?;
     ensure!(listed.out.contains("two"), "{listed:?}");
