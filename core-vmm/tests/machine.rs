@@ -90,7 +90,7 @@ impl Supervisor {
 fn has_kvm() -> bool {
     let kvm = fs::File::options().read(true).write(true).open("/dev/kvm");
     if let Err(error) = &kvm {
-        eprintln!("skipped: /dev/kvm: {error}");
+        eprintln!("SKIPPED: /dev/kvm: {error}");
     }
     kvm.is_ok()
 }

@@ -36,6 +36,12 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// A test that can't run here says so in one line and passes for the test program.
+    fn skip(&mut self) {
+        self.skipped += 1;
+        self.passed = self.passed.saturating_sub(1);
+    }
+
     /// Takes over the counts of a test program's closing line, if `line` is one.
     fn read(&mut self, line: &str) {
         let Some(rest) = line.trim().strip_prefix("test result: ") else { return };
@@ -100,7 +106,7 @@ fn run_layer(
     match layer {
         Layer::Unit => {
             let mut tests = cargo(root);
-            tests.args(["test", "--workspace", "--no-fail-fast", "--"]).args(only);
+            tests.args(["test", "--workspace", "--no-fail-fast", "--", "--show-output"]).args(only);
             count_tests(&mut tests, tally)?;
             Ok(None)
         }
@@ -161,12 +167,23 @@ pub(crate) fn count_tests(command: &mut Command, tally: &mut Tally) -> Result<()
     let mut child = command.stdout(Stdio::piped()).spawn().context("cannot start the tests")?;
     let output = child.stdout.take().context("the tests' output")?;
     let mut own = std::io::stdout();
+    let mut skips = 0;
+    // What passing tests said is of interest only where they say that they can't run.
+    let mut of_passing_tests = false;
     for line in BufReader::new(output).split(b'\n') {
         let line = line?;
-        own.write_all(&line)?;
-        own.write_all(b"\n")?;
-        tally.read(&String::from_utf8_lossy(&line));
+        let text = String::from_utf8_lossy(&line);
+        let is_skip = text.starts_with("SKIPPED: ");
+        skips += u32::from(is_skip);
+        of_passing_tests |= text == "successes:";
+        of_passing_tests &= !(text == "failures:" || text.starts_with("test result: "));
+        if is_skip || !of_passing_tests {
+            own.write_all(&line)?;
+            own.write_all(b"\n")?;
+        }
+        tally.read(&text);
     }
+    (0..skips).for_each(|_| tally.skip());
     let status = child.wait()?;
     if !status.success() && tally.failed == failed_before {
         say(&format!("the tests ended with {status}"));
