@@ -105,6 +105,8 @@ pub fn error_chain(error: &dyn Error) -> String {
 /// Fails if the VM can't be made, or the host fails it.
 pub fn run(config: &Config) -> Result<VmmExit, VmmError> {
     let started_ns = timing::now_ns();
+    // Before any thread is there.
+    sys::one_arena();
     let host = |action| move |source| VmmError::Host { action, source };
     let supervisor = config
         .control_fd

@@ -284,3 +284,14 @@ pub(crate) fn inherited_fd(fd: RawFd) -> io::Result<OwnedFd> {
     // for this one option; the arguments refuse to name one twice.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
+
+/// Has all threads allocate from one heap. When a thread's own shrinks, the GNU allocator opens
+/// `/proc/sys/vm/overcommit_memory`, which no jailed thread may.
+pub(crate) fn one_arena() {
+    #[cfg(target_env = "gnu")]
+    {
+        // SAFETY: the call takes no pointers and only sets a limit of the allocator.
+        let set = unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+        debug_assert_eq!(set, 1, "the allocator knows its own option");
+    }
+}
