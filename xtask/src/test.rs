@@ -78,7 +78,7 @@ pub fn run(root: &Path, arguments: &TestArguments) -> Result<bool> {
         [] => Layer::value_variants().iter().copied().collect(),
         some => some.iter().copied().collect(),
     };
-    machine::need(machine::BUILD_PACKAGES)?;
+    machine::need(&[machine::BUILD_PACKAGES, machine::TEST_PACKAGES].concat())?;
     let in_ci = std::env::var_os("CI").is_some();
     let mut tally = Tally::default();
     for layer in layers {

@@ -9,6 +9,9 @@ use std::process::Command;
 /// Building nacre-fs links this library.
 pub const BUILD_PACKAGES: &[&str] = &["libcap-ng-dev"];
 
+/// What tests on the machine itself use: interfaces, their rules, a container's programs.
+pub const TEST_PACKAGES: &[&str] = &["iproute2", "nftables", "busybox-static"];
+
 /// Making the emulated host's tree and packing it.
 pub const TREE_PACKAGES: &[&str] = &["mmdebstrap", "erofs-utils"];
 
