@@ -37,7 +37,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 1,
         value_parser = clap::value_parser!(u16).range(1..=64))]
     num_queues: u16,
-    /// How many descriptors a queue has at most, a power of two
+    /// How many descriptors the frontend's queues will have, a power of two: no more requests are
+    /// worked on at a time, and none may have more buffers
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = queue_size)]
     queue_size: u16,
     /// The serial number that the guest sees, at most 20 bytes

@@ -25,6 +25,9 @@ use crate::uring::Uring;
 
 /// What the host's file systems and page cache work in: larger guest I/O is cheaper.
 const PHYSICAL_BLOCK_BYTES: u64 = 4096;
+/// QEMU's queues have as many descriptors, whatever `queue-size` it is given; Linux asks for no
+/// more.
+const MAX_QUEUE_SIZE: u16 = 1024;
 /// The worker's one source.
 const ENDED: Token = Token(0);
 
@@ -33,7 +36,7 @@ pub(crate) struct Setup {
     /// Padded with zeroes.
     pub(crate) serial: [u8; 20],
     pub(crate) queues: u16,
-    /// A power of two, of at least 4.
+    /// A power of two, of at least 4. A frontend may still make its queues larger.
     pub(crate) queue_size: u16,
     pub(crate) engine: EngineChoice,
 }
@@ -63,7 +66,7 @@ impl BlockDevice {
         Engine::Blocking(Blocking::new(Arc::clone(&self.disk)))
     }
 
-    /// How many buffers a request may have: the queue, but for header and status.
+    /// How many buffers a request may have: the queue expected, but for header and status.
     fn seg_max(&self) -> u32 {
         u32::from(self.setup.queue_size - 2)
     }
@@ -81,7 +84,7 @@ impl Device for BlockDevice {
     }
 
     fn max_queue_size(&self) -> u16 {
-        self.setup.queue_size
+        MAX_QUEUE_SIZE
     }
 
     fn features(&self) -> u64 {

@@ -55,6 +55,27 @@ fn more_requests_than_the_queue_holds_at_once_keep_flowing() {
 }
 
 #[test]
+fn a_queue_larger_than_expected_is_served_though_not_all_at_once() {
+    for engine in ["auto", "blocking"] {
+        let disk = image();
+        let daemon = start(&disk, &["--queue-size", "4", "--engine", engine]);
+        let options = Options { queue_size: 1024, ..Options::default() };
+        let mut driver = Driver::connect(&daemon.socket(), &options);
+        assert_eq!(driver.config(12, 4), 2_u32.to_le_bytes());
+        let requests: Vec<_> = (0..1024 / 3)
+            .map(|slot| {
+                let header = header(IN, slot % 64);
+                driver.offer(0, &[Buffer::Out(&header), Buffer::In(512), Buffer::In(1)])
+            })
+            .collect();
+        driver.kick(0);
+        for request in requests {
+            assert_eq!(driver.wait(0, request).bytes.last(), Some(&OK));
+        }
+    }
+}
+
+#[test]
 fn each_queue_serves_its_own_requests() {
     let disk = image();
     let daemon = start(&disk, &["--num-queues", "4"]);
