@@ -60,8 +60,11 @@ pub(crate) fn serve<D: Device>(
                 if let Some(state) = early =>
             {
                 let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
-                if session.enable(state.index, state.enable).is_err() || state.answer(&own).is_err()
+                let done = session.enable(state.index, state.enable).map_err(refuse);
+                if let Err(error) =
+                    done.and_then(|()| state.answer(&own).map_err(Error::SocketError))
                 {
+                    log::warn!("dropped the frontend: {}", chain(&error));
                     break;
                 }
             }

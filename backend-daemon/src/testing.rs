@@ -55,6 +55,20 @@ pub struct Options {
     pub memory_bytes: u64,
     /// How far behind a 4096-byte boundary each buffer starts.
     pub misaligned_bytes: u64,
+    /// When the frontend enables the rings.
+    pub enabling: Enabling,
+}
+
+/// When a frontend enables its rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Enabling {
+    /// Each one after all else was said of it.
+    Last,
+    /// All of them before `SET_FEATURES`, and never again: so QEMU begins with a nic.
+    First {
+        /// Whether it wants an answer.
+        answered: bool,
+    },
 }
 
 impl Default for Options {
@@ -67,6 +81,7 @@ impl Default for Options {
             features: u64::MAX,
             memory_bytes: 32 << 20,
             misaligned_bytes: 0,
+            enabling: Enabling::Last,
         }
     }
 }

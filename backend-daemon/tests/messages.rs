@@ -9,13 +9,14 @@ use std::net::Shutdown;
 use std::os::fd::{AsRawFd as _, RawFd};
 use std::os::unix::net::UnixStream;
 
-use backend_daemon::testing::{Driver, Options, connect_soon};
+use backend_daemon::testing::{Driver, Enabling, Options, connect_soon};
 use rustix::fs::{MemfdFlags, memfd_create};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket as _;
 
 const SET_FEATURES: u32 = 2;
 const SET_PROTOCOL_FEATURES: u32 = 16;
+const SET_VRING_ENABLE: u32 = 18;
 /// Requests that set memory and rings up, and take them down.
 const SET_UP: [u32; 11] = [5, 8, 9, 10, 11, 12, 13, 14, 18, 37, 38];
 const LAST_REQUEST: u32 = 46;
@@ -70,6 +71,31 @@ fn negotiate(stream: &mut UnixStream) {
     for (request, features) in [(SET_PROTOCOL_FEATURES, protocol), (SET_FEATURES, 1 << 30)] {
         stream.write_all(&message(request, &features.to_le_bytes())).unwrap();
     }
+}
+
+#[test]
+fn rings_that_were_enabled_before_the_features_run_when_they_are_set_up() {
+    let daemon = echo::start();
+    for answered in [false, true] {
+        let enabling = Enabling::First { answered };
+        let options = Options { queues: 2, enabling, ..Options::default() };
+        let mut driver = Driver::connect(&daemon.socket(), &options);
+        assert_eq!(echo::ask(&mut driver, b"early"), b"early");
+        let base = driver.stop_queue(0);
+        driver.start_queue(0, base);
+        assert_eq!(echo::ask(&mut driver, b"again"), b"again");
+    }
+}
+
+#[test]
+fn a_ring_that_does_not_exist_cannot_be_enabled_early() {
+    let mut daemon = echo::start();
+    let mut stream = connect_soon(&daemon.socket());
+    let ring_and_state = [2_u32, 1].map(u32::to_le_bytes);
+    stream.write_all(&message(SET_VRING_ENABLE, ring_and_state.as_flattened())).unwrap();
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0, "the daemon hangs up");
+    assert!(daemon.log().contains("there is no queue 2"), "{}", daemon.log());
+    assert!(daemon.is_running());
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The frontend's side of one vhost-user connection.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -13,14 +13,15 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMmap};
 
-use super::Options;
 use super::memory::{GuestMemory, Region};
 use super::queue::GuestQueue;
+use super::{Enabling, Options};
 
 pub(super) struct Connection {
     frontend: Frontend,
     stream: UnixStream,
     pub(super) features: u64,
+    enabling: Enabling,
 }
 
 impl Connection {
@@ -46,11 +47,16 @@ impl Connection {
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
         frontend.set_protocol_features(protocol & known).unwrap();
+        if let Enabling::First { answered } = options.enabling {
+            for queue in 0..options.queues {
+                enable_early(&own, queue, answered);
+            }
+        }
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         frontend.set_features(features).unwrap();
         let queues = frontend.get_queue_num().unwrap();
         assert!(queues >= options.queues.into(), "the device has only {queues} queues");
-        Self { frontend, stream: own, features }
+        Self { frontend, stream: own, features, enabling: options.enabling }
     }
 
     pub(super) fn has_event_idx(&self) -> bool {
@@ -92,7 +98,9 @@ impl Connection {
         frontend.set_vring_call(index, &queue.call).unwrap();
         frontend.set_vring_err(index, &queue.err).unwrap();
         frontend.set_vring_kick(index, &queue.kick).unwrap();
-        frontend.set_vring_enable(index, true).unwrap();
+        if self.enabling == Enabling::Last {
+            frontend.set_vring_enable(index, true).unwrap();
+        }
     }
 
     pub(super) fn stop_queue(&mut self, queue: u16) -> u16 {
@@ -128,6 +136,20 @@ impl Connection {
         match self.stream.shutdown(Shutdown::Both) {
             Ok(()) | Err(_) => {}
         }
+    }
+}
+
+/// Sends what the `vhost` crate's frontend would not send yet.
+fn enable_early(mut stream: &UnixStream, queue: u16, answered: bool) {
+    const SET_VRING_ENABLE: u32 = 18;
+    let flags = if answered { 1 | 1 << 3 } else { 1 };
+    let message = [SET_VRING_ENABLE, flags, 8, queue.into(), 1].map(u32::to_le_bytes);
+    stream.write_all(message.as_flattened()).unwrap();
+    if answered {
+        let mut reply = [0; 20];
+        stream.read_exact(&mut reply).unwrap();
+        let good = [SET_VRING_ENABLE, 1 | 1 << 2, 8, 0, 0].map(u32::to_le_bytes);
+        assert_eq!(reply, good.as_flattened());
     }
 }
 
