@@ -3,12 +3,15 @@
 
 use std::env;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::process::{self, Command};
 
 use anyhow::{Context, Result, bail, ensure};
-use nacre_tests::{process, relay};
+use nacre_tests::process::inherited;
+use nacre_tests::relay;
+use rustix::process::{Signal, set_parent_process_death_signal};
 
 /// What of the VMM's command line matters to QEMU.
 #[derive(Debug, Default)]
@@ -23,11 +26,7 @@ const RELAY: &str = "relay";
 
 fn main() -> Result<()> {
     if env::args().nth(1).as_deref() == Some(RELAY) {
-        let stdin = rustix::io::dup(rustix::stdio::stdin())?;
-        let listener = UnixListener::from(stdin);
-        let backend = rustix::io::dup(rustix::stdio::stdout())?;
-        let (qemu, _) = listener.accept()?;
-        return relay::run(&qemu.into(), &backend);
+        return relay();
     }
     let qemu = env::var("NACRE_QEMU").context("NACRE_QEMU")?;
     let mut machine = Machine::default();
@@ -46,6 +45,16 @@ fn main() -> Result<()> {
         .args(&machine.arguments)
         .exec();
     Err(error).context("cannot start QEMU")
+}
+
+/// Stands between QEMU, who will connect to standard input, and the backend at standard output.
+fn relay() -> Result<()> {
+    // QEMU is the parent: without it there is nothing to relay, whether it connected or not.
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    let listener = UnixListener::from(rustix::io::dup(rustix::stdio::stdin())?);
+    let backend = rustix::io::dup(rustix::stdio::stdout())?;
+    let (qemu, _) = listener.accept()?;
+    relay::run(&qemu.into(), &backend)
 }
 
 impl Machine {
@@ -84,7 +93,7 @@ impl Machine {
         self.devices += 1;
         // QEMU passes no descriptors for a nic over a socket that was handed to it.
         let place = match kind {
-            "net" => format!("path={}", relay_to(number)?),
+            "net" => format!("path={},abstract=on", start_relay(number, &chardev)?),
             _ => format!("fd={number}"),
         };
         self.add(&["-chardev", &format!("socket,id={chardev},{place}")]);
@@ -116,15 +125,15 @@ impl Machine {
     }
 }
 
-/// Starts a process between a new socket, whose path it gives, and the backend's.
-fn relay_to(number: &str) -> Result<String> {
-    let folder = tempfile::tempdir()?.keep();
-    let path = folder.join("net.sock");
-    let listener = UnixListener::bind(&path)?;
-    let backend = process::inherited(number.parse()?)?;
+/// Starts a process between the backend's socket and a new one, whose name it gives. The name is
+/// in no folder, so that nothing is left of it.
+fn start_relay(number: &str, chardev: &str) -> Result<String> {
+    let name = format!("nacre-relay-{}-{chardev}", process::id());
+    let listener = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name)?)?;
+    let backend = inherited(number.parse()?)?;
     let mut command = Command::new(env::current_exe()?);
     command.arg(RELAY).stdin(OwnedFd::from(listener)).stdout(backend).spawn()?;
-    Ok(path.display().to_string())
+    Ok(name)
 }
 
 /// What hexadecimal digits stand for.

@@ -15,6 +15,9 @@ use nacre_tests::nacre::{User, finish};
 use nacre_tests::process::{Process, until};
 use tempfile::TempDir;
 
+/// How many seconds QEMU's guest may boot without a sign of progress.
+const BOOT_PATIENCE: &str = "60";
+
 /// A folder of programs in which QEMU stands in the place of `nacre-vmm`.
 fn programs_with_qemu() -> Result<TempDir> {
     let dir = tempfile::tempdir()?;
@@ -30,7 +33,9 @@ fn programs_with_qemu() -> Result<TempDir> {
 fn qemu_runs_a_container_on_our_fs_and_vsock() -> Result<()> {
     let bin = programs_with_qemu()?;
     let bin = bin.path().display().to_string();
-    User::new()?.run(&["--bin-dir", &bin], &["sh", "-c", "echo hello; exit 3"])?.code(3)?;
+    let options = ["--bin-dir", &bin, "--agent-timeout", BOOT_PATIENCE];
+    let answer = User::new()?.run(&options, &["sh", "-c", "echo hello; exit 3"])?.code(3)?;
+    ensure!(answer.out == "hello\n", "{answer:?}");
     Ok(())
 }
 
@@ -45,7 +50,7 @@ fn qemu_reads_and_writes_our_disk_and_reaches_the_network_through_our_nic() -> R
     let script = "dd if=/dev/disk-0 bs=1M 2>/dev/null | md5sum | cut -d' ' -f1; \
         echo from-qemu | dd of=/dev/disk-0 conv=sync,fsync bs=512 seek=4 2>/dev/null; \
         ping -c 2 -W 20 $(ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p') >/dev/null && echo pong";
-    let options = ["--bin-dir", &bin, "--disk", &path, "--net"];
+    let options = ["--bin-dir", &bin, "--agent-timeout", BOOT_PATIENCE, "--disk", &path, "--net"];
     let expected = Command::new("md5sum").arg(&disk).output()?;
     let expected = String::from_utf8(expected.stdout)?;
     let mut command = User::new()?.run_command(&options, &["sh", "-c", script])?;
