@@ -52,6 +52,8 @@ pub enum BackendExit {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum RunExit {
+    /// The guest powered off or reset itself, without a panic and unasked.
+    GuestLeft = 119,
     /// The guest's kernel panicked or crashed.
     GuestPanic = 120,
     /// The container was ended by the out-of-memory killer.

@@ -2,7 +2,8 @@
 //!
 //! The host sends one frame and then the stream is raw bytes in one direction: to the process for
 //! standard input, from it for the other two. The sender's half-close is the end of file. With a
-//! terminal there is one `Stdin` and one `Stdout`.
+//! terminal there is one `Stdin` and one `Stdout`. A host that nobody takes an output stream from any
+//! more sends [`UNWANTED`] on it: the process finds its pipe broken then, as on one machine.
 //!
 //! Layout, little-endian: magic `NCRS` (4), version u8 = 1, stream u8, container id length u8,
 //! exec id length u8, offset u64, container id, exec id. The offset is the first byte of the
@@ -12,6 +13,8 @@
 pub const HEADER_BYTES: usize = 16;
 /// The longest frame, in bytes.
 pub const MAX_BYTES: usize = HEADER_BYTES + 2 * u8::MAX as usize;
+/// What a host sends on an output stream that it wants no more of, its only word there.
+pub const UNWANTED: u8 = 0;
 /// The only version of the frame.
 pub const VERSION: u8 = 1;
 const MAGIC: [u8; 4] = *b"NCRS";

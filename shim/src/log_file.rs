@@ -90,6 +90,14 @@ pub fn tail(path: &Path, lines: usize) -> Option<String> {
     if last.is_empty() { None } else { Some(last.join("\n")) }
 }
 
+/// What follows `start` in the last line that has it, among the last of the file; fit for a terminal.
+#[must_use]
+pub fn last_after(path: &Path, start: &str) -> Option<String> {
+    let text = tail(path, usize::MAX)?;
+    let rest = text.lines().rev().find_map(|line| line.split_once(start))?.1;
+    Some(rest.to_owned())
+}
+
 /// One line of `text`, without control characters and of bounded length.
 #[must_use]
 pub fn printable(text: &str) -> String {
@@ -124,5 +132,7 @@ mod tests {
         fs::write(&path, "first\nsecond\x1b]0;title\x07\r\n\n  \nthird\n").unwrap();
         assert_eq!(tail(&path, 2).unwrap(), "second?]0;title?\nthird");
         assert_eq!(tail(&folder.path().join("none"), 2), None);
+        assert_eq!(last_after(&path, "sec").unwrap(), "ond?]0;title?");
+        assert_eq!(last_after(&path, "no such"), None);
     }
 }

@@ -10,7 +10,7 @@ use std::{
     thread,
 };
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::output_log::{OutputLog, Source};
 
@@ -65,9 +65,16 @@ fn read_all(mut file: File, sender: &mpsc::Sender<Vec<u8>>) {
 pub struct Output {
     source: Source,
     sender: mpsc::Sender<(Source, Vec<u8>)>,
+    unread: watch::Receiver<bool>,
 }
 
 impl Output {
+    /// Becomes true when the reader of a pipe is gone, and never for any other trouble.
+    #[must_use]
+    pub fn unread(&self) -> watch::Receiver<bool> {
+        self.unread.clone()
+    }
+
     /// Passes bytes on. Answers whether anybody still takes them.
     pub async fn write(&self, bytes: &[u8]) -> bool {
         self.sender.send((self.source, bytes.to_vec())).await.is_ok()
@@ -120,7 +127,7 @@ impl Outputs {
     pub fn to_log(mut log: OutputLog) -> std::io::Result<Self> {
         let append = move |source, bytes: &[u8]| log.append(source, bytes);
         let (output, written) = writer(Source::Output, append)?;
-        let error = Output { source: Source::Error, sender: output.sender.clone() };
+        let error = Output { source: Source::Error, ..output.clone() };
         Ok(Self { output, error, written: Written(vec![written]) })
     }
 }
@@ -135,12 +142,14 @@ fn writer(
 ) -> std::io::Result<(Output, oneshot::Receiver<()>)> {
     let (sender, mut receiver) = mpsc::channel::<(Source, Vec<u8>)>(DEPTH);
     let (done, written) = oneshot::channel();
+    let (unread, is_unread) = watch::channel(false);
     thread::Builder::new().name("output".to_owned()).spawn(move || {
         while let Some((source, bytes)) = receiver.blocking_recv() {
             if let Err(error) = write(source, &bytes) {
-                // The reader of a pipe is gone, or a disk is full: the process in the guest is told
-                // nothing of it, and what it prints from here on is dropped.
+                // What is printed from here on is dropped. Of a full disk the process in the guest
+                // is told nothing.
                 log::debug!("output ends: {error}");
+                unread.send_replace(error.kind() == std::io::ErrorKind::BrokenPipe);
                 return;
             }
         }
@@ -148,7 +157,7 @@ fn writer(
             log::debug!("nobody waits for the output");
         }
     })?;
-    Ok((Output { source, sender }, written))
+    Ok((Output { source, sender, unread: is_unread }, written))
 }
 
 #[cfg(test)]
@@ -180,6 +189,7 @@ mod tests {
         let pipe = File::from(OwnedFd::from(pipe));
         let Outputs { output, error, written } = Outputs::to_files(pipe, null).unwrap();
         while output.write(b"x").await {}
+        assert!(*output.unread().borrow() && !*error.unread().borrow());
         drop((output, error));
         written.wait().await;
     }

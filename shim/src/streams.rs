@@ -12,11 +12,12 @@ use std::{
 
 use nacre_proto::{
     STREAM_PORT,
-    stream::{Hello, HelloError, Stream},
+    stream::{Hello, HelloError, Stream, UNWANTED},
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
+    sync::watch,
     task::JoinSet,
     time::timeout,
 };
@@ -66,6 +67,7 @@ pub struct Streams {
     input: JoinSet<()>,
     outputs: JoinSet<()>,
     written: Written,
+    unread: watch::Receiver<bool>,
     flow: Arc<Flow>,
 }
 
@@ -107,6 +109,7 @@ impl Streams {
             input: JoinSet::new(),
             outputs: JoinSet::new(),
             written,
+            unread: output.unread(),
             flow: Arc::clone(&flow),
         };
         if let Some(input) = input {
@@ -114,18 +117,28 @@ impl Streams {
             streams.input.spawn(send(input, stream));
         }
         let stdout = open(vsock, process, Stream::Stdout).await?;
-        streams.outputs.spawn(receive(stdout, output, Arc::clone(&flow)));
-        if !terminal {
+        if terminal {
+            streams.outputs.spawn(receive(stdout, output, flow));
+        } else {
+            streams.outputs.spawn(receive_or_refuse(stdout, output, Arc::clone(&flow)));
             let stderr = open(vsock, process, Stream::Stderr).await?;
-            streams.outputs.spawn(receive(stderr, error, flow));
+            streams.outputs.spawn(receive_or_refuse(stderr, error, flow));
         }
         Ok(streams)
+    }
+
+    /// Resolves when the reader of the process's standard output is gone.
+    pub async fn unread(&self) {
+        let mut unread = self.unread.clone();
+        if unread.wait_for(|unread| *unread).await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// After the end of the process: waits until all that it printed is written, however slowly it
     /// is taken here. A stream that the guest neither ends nor moves for `patience` is given up.
     pub async fn finish(self, patience: Duration) {
-        let Self { input, mut outputs, written, flow } = self;
+        let Self { input, mut outputs, written, unread: _, flow } = self;
         drop(input);
         let mut seen = flow.read();
         while !outputs.is_empty() {
@@ -174,13 +187,32 @@ async fn send(mut input: Input, mut stream: UnixStream) {
     std::future::pending::<()>().await;
 }
 
-async fn receive(mut stream: UnixStream, output: Output, flow: Arc<Flow>) {
+/// Once the local reader is gone, the process is to find its pipe broken too. Not for a terminal,
+/// which can't break: the process would wait for ever to print.
+async fn receive_or_refuse(stream: UnixStream, output: Output, flow: Arc<Flow>) {
+    let mut unread = output.unread();
+    let (from_process, mut to_agent) = stream.into_split();
+    let refuse = async {
+        if unread.wait_for(|unread| *unread).await.is_ok()
+            && let Err(error) = to_agent.write_all(&[UNWANTED]).await
+        {
+            log::debug!("an output stream can't be refused: {error}");
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = receive(from_process, output, flow) => {}
+        () = refuse => {}
+    }
+}
+
+async fn receive(mut stream: impl AsyncRead + Unpin, output: Output, flow: Arc<Flow>) {
     let mut buffer = vec![0; CHUNK_BYTES];
     loop {
         match stream.read(&mut buffer).await {
             Ok(0) => return,
             Ok(read) => {
-                // Without a taker the stream is still emptied: the process is not to be stopped.
+                // Without a taker the stream is still emptied: the process is not to wait.
                 flow.read_bytes.fetch_add(u64::try_from(read).unwrap_or(1), Ordering::Relaxed);
                 flow.waiting.fetch_add(1, Ordering::Relaxed);
                 let taken = output.write(&buffer[..read]).await;

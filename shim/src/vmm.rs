@@ -167,6 +167,15 @@ impl Vmm {
         self.console_bytes.clone()
     }
 
+    /// Waits until all that the guest's kernel printed is kept, once the VMM has ended.
+    pub async fn console_ended(&self, limit: Duration) {
+        let mut console = self.console();
+        let ended = async { while console.changed().await.is_ok() {} };
+        if timeout(limit, ended).await.is_err() {
+            log::debug!("the guest's console does not end");
+        }
+    }
+
     /// How the VM is, if the VMM tells within `limit`.
     ///
     /// # Errors

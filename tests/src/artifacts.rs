@@ -51,6 +51,15 @@ pub fn kernel() -> Result<PathBuf> {
     given("NACRE_KERNEL")
 }
 
+/// The same kernel as Debian ships it, packed.
+///
+/// # Errors
+///
+/// Fails outside `cargo xtask test`.
+pub fn bzimage() -> Result<PathBuf> {
+    given("NACRE_BZIMAGE")
+}
+
 /// An initramfs whose init mounts the share `job` and runs `run.sh` there with busybox; without
 /// such a share it sleeps.
 ///

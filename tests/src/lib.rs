@@ -4,6 +4,7 @@
 
 pub mod artifacts;
 pub mod backend;
+pub mod image;
 pub mod leftovers;
 pub mod machine;
 pub mod nacre;

@@ -1,9 +1,12 @@
 //! The `nacre` command as a user types it, with a state folder of its own.
 
 use std::ffi::OsString;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
@@ -92,6 +95,80 @@ impl User {
         args.push("--");
         args.extend(command);
         self.command(&args)
+    }
+}
+
+/// A command that runs and whose lines are read as they come.
+#[derive(Debug)]
+pub struct Attached {
+    process: Process,
+    lines: Receiver<String>,
+}
+
+impl Attached {
+    /// Starts it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it can't be started.
+    pub fn start(command: &mut Command) -> Result<Self> {
+        let program = PathBuf::from(command.get_program());
+        let mut process = Process::start(&program, command.stdout(Stdio::piped()))?;
+        let out = process.child().stdout.take().context("standard output")?;
+        let (sender, lines) = channel();
+        thread::spawn(move || {
+            for line in BufReader::new(out).lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    // From here on nobody reads the command's output.
+                    break;
+                }
+            }
+        });
+        Ok(Self { process, lines })
+    }
+
+    /// Its process.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// Waits until it prints `line`; what comes before is skipped.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not.
+    pub fn until(&self, line: &str) -> Result<()> {
+        let deadline = Instant::now() + SANDBOX_PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let said = self.lines.recv_timeout(left).with_context(|| format!("no {line:?}"))?;
+            if said == line {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits for its end; the output is what was not waited for.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not end.
+    pub fn wait(self) -> Result<Answer> {
+        let (status, said) = self.process.wait_for(SANDBOX_PATIENCE)?;
+        let out = self.lines.iter().map(|line| format!("{line}\n")).collect();
+        Ok(Answer { code: status.code(), out, said })
+    }
+
+    /// Reads no more of it and waits for its end.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not end.
+    pub fn leave(self) -> Result<Answer> {
+        let Self { process, lines } = self;
+        drop(lines);
+        let (status, said) = process.wait_for(SANDBOX_PATIENCE)?;
+        Ok(Answer { code: status.code(), out: String::new(), said })
     }
 }
 

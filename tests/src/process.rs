@@ -1,5 +1,6 @@
 //! A child process that is never waited for without a deadline and never outlives its test.
 
+use std::fs;
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -8,6 +9,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+pub use rustix::process::Signal;
+use rustix::process::{Pid, kill_process};
 
 use crate::sys;
 
@@ -98,8 +101,16 @@ impl Process {
     ///
     /// Fails if the process is gone.
     pub fn terminate(&self) -> Result<()> {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        self.signal(Signal::TERM)
+    }
+
+    /// Any signal.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the process is gone.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        kill_process(Pid::from_child(&self.child), signal)?;
         Ok(())
     }
 
@@ -143,6 +154,40 @@ pub fn read_all(mut pipe: impl Read + Send + 'static) -> JoinHandle<String> {
         drop(pipe.read_to_end(&mut bytes));
         String::from_utf8_lossy(&bytes).into_owned()
     })
+}
+
+/// The child of process `parent` that is called `name`, if there is one.
+///
+/// # Errors
+///
+/// Fails if the kernel can't be asked.
+pub fn child_of(parent: u32, name: &str) -> Result<Option<Pid>> {
+    for entry in fs::read_dir("/proc")? {
+        let path = entry?.path();
+        let Ok(stat) = fs::read_to_string(path.join("stat")) else { continue };
+        let Some((start, rest)) = stat.split_once(") ") else { continue };
+        let Some((pid, comm)) = start.split_once(" (") else { continue };
+        let of = rest.split(' ').nth(1).and_then(|of| of.parse::<u32>().ok());
+        if comm == name && of == Some(parent) {
+            return Ok(Pid::from_raw(pid.parse()?));
+        }
+    }
+    Ok(None)
+}
+
+/// SIGKILL to the child of process `parent` that is called `name`, once it is there.
+///
+/// # Errors
+///
+/// Fails if there is no such child in time.
+pub fn kill_child_of(parent: u32, name: &str) -> Result<()> {
+    let mut child = None;
+    until(name, || {
+        child = child_of(parent, name)?;
+        Ok(child.is_some())
+    })?;
+    kill_process(child.context("a child")?, Signal::KILL)?;
+    Ok(())
 }
 
 /// Looks at a condition until it holds.

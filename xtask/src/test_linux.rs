@@ -19,9 +19,11 @@ use crate::test::{Tally, build_bare_guest, build_test, count_tests};
 fn variables(cache: &Cache, programs: &Programs) -> Result<Vec<(&'static str, PathBuf)>> {
     let guest = GuestImage::prepare(cache, &programs.agent)?;
     let rootfs = busybox_rootfs(cache)?;
-    let shell = shell_image::prepare(cache, &Kernel::prepare(cache)?, &rootfs)?;
+    let kernel = Kernel::prepare(cache)?;
+    let shell = shell_image::prepare(cache, &kernel, &rootfs)?;
     Ok(vec![
         ("NACRE_KERNEL", guest.kernel),
+        ("NACRE_BZIMAGE", kernel.bzimage(cache)?),
         ("NACRE_INITRAMFS", guest.initramfs),
         ("NACRE_SHELL_INITRAMFS", shell),
         ("NACRE_ROOTFS", rootfs),

@@ -62,7 +62,10 @@ where
     match attach(&containers, connection).await {
         Ok(()) => {}
         // What a host does that resumes a stream.
-        Err(StreamError::Output { source: OutputError::Superseded, .. }) => {}
+        Err(StreamError::Output {
+            source: OutputError::Superseded | OutputError::Unwanted,
+            ..
+        }) => {}
         Err(error) => log::warn!("a stream's connection: {}", chain(&error)),
     }
 }

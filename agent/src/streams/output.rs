@@ -31,6 +31,9 @@ pub(crate) enum OutputError {
     /// The process's end failed.
     #[error("the process's end failed")]
     Pipe(#[source] io::Error),
+    /// Nobody on the host takes the stream any more.
+    #[error("the host wants no more")]
+    Unwanted,
     /// The host connected again.
     #[error("a newer connection took over")]
     Superseded,
@@ -73,12 +76,17 @@ impl Output {
         });
         let mut newest = self.newest.subscribe();
         let (reader, writer) = split(connection);
-        tokio::select! {
+        let served = tokio::select! {
             biased;
             _ = newest.wait_for(|newest| *newest != number) => Err(OutputError::Superseded),
-            error = lost(reader) => Err(OutputError::Connection(error)),
+            error = lost(reader) => Err(error),
             done = self.send(writer, offset) => done,
+        };
+        if matches!(served, Err(OutputError::Unwanted)) {
+            // The last reader of the process's pipe goes with it.
+            self.set_source(Slot::Gone);
         }
+        served
     }
 
     async fn send(
@@ -114,16 +122,14 @@ async fn fill(window: &mut Window, pipe: &Pipe, buffer: &mut [u8]) -> Result<boo
     Ok(len > 0)
 }
 
-/// Ends when the connection is known to be lost; a host that only listens half-closes its side.
-async fn lost(mut host: impl AsyncRead + Unpin) -> io::Error {
-    let mut ignored = [0; 64];
-    loop {
-        match host.read(&mut ignored).await {
-            Ok(0) => std::future::pending::<()>().await,
-            // The host has nothing to say on an output stream.
-            Ok(_) => {}
-            Err(error) => return error,
-        }
+/// Ends when the connection is known to be lost, or the host says that it wants no more; one that
+/// only listens half-closes its side.
+async fn lost(mut host: impl AsyncRead + Unpin) -> OutputError {
+    match host.read_u8().await {
+        // The host has nothing else to say on an output stream.
+        Ok(_unwanted) => OutputError::Unwanted,
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => std::future::pending().await,
+        Err(error) => OutputError::Connection(error),
     }
 }
 
@@ -131,6 +137,7 @@ async fn lost(mut host: impl AsyncRead + Unpin) -> io::Error {
 mod tests {
     use std::{io::Write, sync::Arc};
 
+    use nacre_proto::stream::UNWANTED;
     use rustix::pipe::{PipeFlags, pipe_with};
     use tokio::{io::duplex, net::UnixStream};
 
@@ -178,6 +185,17 @@ mod tests {
         assert!(matches!(first.await.unwrap(), Err(OutputError::Superseded)));
         drop(process);
         second.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_process_of_an_unwanted_stream_finds_its_pipe_broken() {
+        let (output, mut process) = output();
+        process.write_all(b"first").unwrap();
+        let (agent, mut host) = UnixStream::pair().unwrap();
+        host.write_all(&[UNWANTED]).await.unwrap();
+        assert!(matches!(output.serve(agent, 0).await, Err(OutputError::Unwanted)));
+        let error = process.write_all(b"second").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
     }
 
     #[tokio::test]

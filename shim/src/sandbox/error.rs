@@ -38,12 +38,14 @@ pub enum SandboxError {
     #[error(transparent)]
     Vmm(#[from] VmmError),
     /// The VMM ended, and why it says it did.
-    #[error("{}{}", vmm_sentence(*end), said(last_words))]
+    #[error("{}", vmm_sentence(*end, panic.as_deref(), last_words))]
     VmmEnded {
         /// How.
         end: End,
         /// The last line that it printed.
         last_words: Option<String>,
+        /// What the guest's kernel said of its panic, if it did.
+        panic: Option<String>,
         /// The last lines that the guest's kernel printed.
         console: Option<String>,
     },
@@ -83,22 +85,25 @@ pub enum SandboxError {
     Random(#[source] std::io::Error),
 }
 
-fn vmm_sentence(end: End) -> String {
+fn vmm_sentence(end: End, panic: Option<&str>, last_words: &Option<String>) -> String {
+    if let (RunExit::GuestPanic, Some(panic)) = (vmm_exit(end, panic.is_some()), panic) {
+        return format!("the guest's kernel panicked: {panic}");
+    }
     let what = match vmm::meaning(end) {
-        Some(VmmExit::PowerOff) => "the guest powered itself off while its container ran",
+        Some(VmmExit::PowerOff) => "the guest powered itself off, which nobody asked for",
         Some(VmmExit::BootFile) => "nacre-vmm can't use the kernel or the initramfs",
         Some(VmmExit::Memory) => "nacre-vmm can't have the guest's memory",
         Some(VmmExit::Kvm) => "nacre-vmm can't use KVM as asked",
         Some(VmmExit::Usage) => "nacre-vmm does not understand its command line",
         Some(VmmExit::Backend) => "nacre-vmm lost a backend",
-        Some(VmmExit::Reset) => "the guest reset itself",
+        Some(VmmExit::Reset) => "the guest reset itself, which nobody asked for",
         Some(VmmExit::GuestPanic) => "the guest's kernel panicked",
         Some(VmmExit::GuestCrash) => "the guest crashed",
         Some(VmmExit::Failed) => "nacre-vmm failed",
         Some(VmmExit::Stopped) => "nacre-vmm was stopped",
-        None => return format!("nacre-vmm {end}"),
+        None => return format!("nacre-vmm {end}{}", said(last_words)),
     };
-    what.to_owned()
+    format!("{what}{}", said(last_words))
 }
 
 impl SandboxError {
@@ -110,7 +115,7 @@ impl SandboxError {
             Self::Vmm(VmmError::Child(_) | VmmError::Cgroup(_) | VmmError::Prepare { .. }) => {
                 RunExit::VmmDied
             }
-            Self::VmmEnded { end, console, .. } => vmm_exit(*end, console.as_deref()),
+            Self::VmmEnded { end, panic, .. } => vmm_exit(*end, panic.is_some()),
             Self::AgentSilent { .. } | Self::Agent(AgentError::Lost { .. } | AgentError::Mute) => {
                 RunExit::AgentSilent
             }
@@ -138,16 +143,16 @@ impl SandboxError {
     }
 }
 
-fn vmm_exit(end: End, console: Option<&str>) -> RunExit {
-    let panicked = || console.is_some_and(|console| console.contains("Kernel panic"));
+/// A panic is known from the VMM, or, where the guest had no device yet to tell it by, from the
+/// console: the guest resets itself then, by its command line.
+fn vmm_exit(end: End, panicked: bool) -> RunExit {
     match vmm::meaning(end) {
         Some(VmmExit::GuestPanic | VmmExit::GuestCrash) => RunExit::GuestPanic,
-        // By its command line the guest resets itself when it panics, and has no other reason to.
-        Some(VmmExit::Reset) => RunExit::GuestPanic,
-        Some(VmmExit::PowerOff) if panicked() => RunExit::GuestPanic,
+        Some(VmmExit::Reset | VmmExit::PowerOff) if panicked => RunExit::GuestPanic,
+        Some(VmmExit::Reset | VmmExit::PowerOff) => RunExit::GuestLeft,
         Some(VmmExit::Usage | VmmExit::BootFile | VmmExit::Memory | VmmExit::Kvm) => RunExit::Setup,
         Some(VmmExit::Backend) => RunExit::BackendDied,
-        Some(VmmExit::PowerOff | VmmExit::Failed | VmmExit::Stopped) | None => RunExit::VmmDied,
+        Some(VmmExit::Failed | VmmExit::Stopped) | None => RunExit::VmmDied,
     }
 }
 
@@ -156,20 +161,37 @@ mod tests {
     use super::*;
 
     fn ended(end: End) -> SandboxError {
-        SandboxError::VmmEnded { end, last_words: Some("x".to_owned()), console: None }
+        let last_words = Some("x".to_owned());
+        SandboxError::VmmEnded { end, last_words, panic: None, console: None }
     }
 
     #[test]
     fn each_way_of_ending_has_its_code() {
         let code = |exit: VmmExit| ended(End::Code(exit.into())).exit();
         assert_eq!(code(VmmExit::GuestPanic), RunExit::GuestPanic);
-        assert_eq!(code(VmmExit::Reset), RunExit::GuestPanic);
+        assert_eq!(code(VmmExit::Reset), RunExit::GuestLeft);
+        assert_eq!(code(VmmExit::PowerOff), RunExit::GuestLeft);
         assert_eq!(code(VmmExit::Kvm), RunExit::Setup);
         assert_eq!(code(VmmExit::Memory), RunExit::Setup);
         assert_eq!(code(VmmExit::Failed), RunExit::VmmDied);
         assert_eq!(code(VmmExit::Backend), RunExit::BackendDied);
         assert_eq!(ended(End::Signal(9)).exit(), RunExit::VmmDied);
         assert_eq!(ended(End::Code(77)).exit(), RunExit::VmmDied);
+    }
+
+    #[test]
+    fn a_panic_that_only_the_console_tells_is_one_all_the_same() {
+        let panic = Some("not syncing: no init".to_owned());
+        for exit in [VmmExit::Reset, VmmExit::PowerOff, VmmExit::GuestPanic] {
+            let end = End::Code(exit.into());
+            let panic = panic.clone();
+            let error = SandboxError::VmmEnded { end, last_words: None, panic, console: None };
+            assert_eq!(error.exit(), RunExit::GuestPanic);
+            assert_eq!(error.to_string(), "the guest's kernel panicked: not syncing: no init");
+        }
+        let error =
+            SandboxError::VmmEnded { end: End::Signal(9), last_words: None, panic, console: None };
+        assert_eq!(error.exit(), RunExit::VmmDied);
     }
 
     #[test]

@@ -117,6 +117,7 @@ impl Running {
         tokio::pin!(wait);
         let mut patience = Patience::Calm;
         let mut given_up_at = None;
+        let mut is_read = true;
         loop {
             let reaction = tokio::select! {
                 end = &mut wait => return end.map(Outcome::Process),
@@ -131,6 +132,12 @@ impl Running {
                         reaction
                     }
                 },
+                () = self.streams.unread(), if is_read => {
+                    log::info!("nobody reads the container's output: it has to end");
+                    is_read = false;
+                    patience = patience.on_unread(Instant::now().into());
+                    continue;
+                }
                 () = at(patience.deadline().map(Instant::from)) => {
                     let reaction;
                     (patience, reaction) = patience.on_deadline();

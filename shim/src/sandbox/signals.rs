@@ -24,7 +24,8 @@ pub(super) enum Reaction {
 ///   Calm -- SIGINT, SIGTERM: forward -> Asked -- another, or 10 s: kill -> Forced -- another: tear down
 /// ```
 ///
-/// Other signals are forwarded in every state.
+/// Other signals are forwarded in every state. That nobody reads the output any more counts as
+/// being asked: the container's program learns of it from its broken pipe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Patience {
     /// Nobody wants the container to end.
@@ -50,6 +51,15 @@ impl Patience {
             }
             (Self::Asked { .. }, true) => (Self::Forced, Reaction::Kill),
             (Self::Forced, true) => (Self::Forced, Reaction::TearDown),
+        }
+    }
+
+    /// The reader of the container's output is gone.
+    #[must_use]
+    pub(super) fn on_unread(self, now: Instant) -> Self {
+        match self {
+            Self::Calm => Self::Asked { until: now + PATIENCE },
+            state @ (Self::Asked { .. } | Self::Forced) => state,
         }
     }
 
@@ -98,5 +108,14 @@ mod tests {
         let (forced, reaction) = asked.on_deadline();
         assert_eq!((forced.deadline(), reaction), (None, Reaction::Kill));
         assert_eq!(Patience::Calm.deadline(), None);
+    }
+
+    #[test]
+    fn output_that_nobody_reads_ends_patience_and_never_prolongs_it() {
+        let now = Instant::now();
+        let asked = Patience::Calm.on_unread(now);
+        assert_eq!(asked, Patience::Asked { until: now + PATIENCE });
+        assert_eq!(asked.on_unread(now + PATIENCE), asked);
+        assert_eq!(Patience::Forced.on_unread(now), Patience::Forced);
     }
 }

@@ -17,8 +17,12 @@ use crate::{
 
 /// How long to wait for the death that explains another one.
 const EXPLANATION: Duration = Duration::from_secs(2);
+/// How long what the guest's kernel printed last may take to be read.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How many lines of the guest's console an error carries.
 const CONSOLE_LINES: usize = 12;
+/// How Linux begins the line that names a panic (kernel/panic.c).
+const PANIC: &str = "Kernel panic - ";
 
 impl VmUp {
     /// Resolves when a process that the sandbox can't do without has ended, with the reason.
@@ -44,9 +48,15 @@ impl VmUp {
                 return error.into();
             }
         }
+        self.vmm_end(end).await
+    }
+
+    async fn vmm_end(&self, end: End) -> SandboxError {
+        self.vmm.console_ended(LAST_WORDS).await;
         SandboxError::VmmEnded {
             end,
             last_words: self.vmm.child().last_words(),
+            panic: log_file::last_after(&self.base.files.console(), PANIC),
             console: self.console_tail(),
         }
     }
@@ -56,11 +66,7 @@ impl VmUp {
         if let BackendError::Ended { end: End::Code(0), .. } = error
             && let Some(end) = self.vmm.child().ended_within(EXPLANATION).await
         {
-            return SandboxError::VmmEnded {
-                end,
-                last_words: self.vmm.child().last_words(),
-                console: self.console_tail(),
-            };
+            return self.vmm_end(end).await;
         }
         error.into()
     }

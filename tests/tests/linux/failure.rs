@@ -1,13 +1,14 @@
 //! Bad input and failure at every step: one clear line, a code, and nothing left behind.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 
 use anyhow::{Context, Result, ensure};
 use nacre_proto::exit::RunExit;
 use nacre_tests::artifacts;
 use nacre_tests::leftovers::Leftovers;
-use nacre_tests::nacre::{User, finish};
-use nacre_tests::process::{Process, until};
+use nacre_tests::nacre::{Answer, User, finish};
+use nacre_tests::process::{Process, kill_child_of};
 
 fn setup_fails(options: &[&str], tells: &str) -> Result<()> {
     let user = User::new()?;
@@ -76,9 +77,9 @@ fn a_backend_that_exits_at_once_is_named() -> Result<()> {
     let bin = tempfile::tempdir()?;
     let real = artifacts::bin_dir()?;
     for name in ["nacre-vmm", "nacre-blk", "nacre-net", "nacre-vsock"] {
-        std::os::unix::fs::symlink(real.join(name), bin.path().join(name))?;
+        symlink(real.join(name), bin.path().join(name))?;
     }
-    std::os::unix::fs::symlink("/bin/false", bin.path().join("nacre-fs"))?;
+    symlink("/bin/false", bin.path().join("nacre-fs"))?;
     let dir = bin.path().display().to_string();
     let answer = user.run(&["--bin-dir", &dir], &["true"])?;
     ensure!(answer.code != Some(0), "{answer:?}");
@@ -101,10 +102,36 @@ fn an_agent_that_never_answers_has_its_own_code() -> Result<()> {
 fn a_guest_panic_has_its_own_code() -> Result<()> {
     let user = User::new()?;
     let before = Leftovers::now(user.state())?;
+    // Nothing in it: so early, the guest can't tell the VMM, and only its console shows it.
     let empty = tempfile::NamedTempFile::new()?;
+    fs::write(empty.path(), [0; 512])?;
     let path = empty.path().display().to_string();
     let answer = user.run(&["--initramfs", &path], &["true"])?;
-    ensure!(answer.code != Some(0), "{answer:?}");
+    has_panicked(answer, "the guest's kernel panicked: not syncing: VFS: Unable to mount root")?;
+    let eater = "x=$(dd if=/dev/zero bs=1M count=200 2>/dev/null | tr '\\0' y); echo ${#x}";
+    let options = ["--kernel-args", "sysctl.vm.panic_on_oom=2", "--memory-limit", "32M"];
+    let answer = user.run(&options, &["sh", "-c", eater])?;
+    has_panicked(answer, "the guest's kernel panicked: not syncing: Out of memory")?;
+    before.and_nothing_more(user.state())
+}
+
+fn has_panicked(answer: Answer, line: &str) -> Result<()> {
+    let answer = answer.code(i32::from(u8::from(RunExit::GuestPanic)))?;
+    let told = answer.said.lines().filter(|said| said.contains(line)).count();
+    ensure!(told == 1, "not once {line:?}: {answer:#?}");
+    Ok(())
+}
+
+#[test]
+fn a_guest_that_leaves_by_itself_has_its_own_code() -> Result<()> {
+    let user = User::new()?;
+    let before = Leftovers::now(user.state())?;
+    let shell = artifacts::shell_initramfs()?.display().to_string();
+    for (how, tells) in [("poweroff", "powered itself off"), ("reboot", "reset itself")] {
+        let words = format!("rdinit=/bin/busybox -- {how} -f");
+        let answer = user.run(&["--initramfs", &shell, "--kernel-args", &words], &["true"])?;
+        answer.code(i32::from(u8::from(RunExit::GuestLeft)))?.tells(tells)?;
+    }
     before.and_nothing_more(user.state())
 }
 
@@ -149,10 +176,7 @@ fn the_death_of_the_vmm_has_its_own_code() -> Result<()> {
         user.run_command(&["--name", "victim"], &["sh", "-c", "echo up; sleep 1000"])?;
     let program = command.get_program().to_owned();
     let running = Process::start(program.as_ref(), command.stdout(std::process::Stdio::piped()))?;
-    until("the VMM's process", || Ok(process_of("nacre-vmm", running.id())?.is_some()))?;
-    let vmm = process_of("nacre-vmm", running.id())?.context("the VMM")?;
-    let pid = rustix::process::Pid::from_raw(vmm).context("a process id")?;
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+    kill_child_of(running.id(), "nacre-vmm")?;
     let (status, said) = running.wait()?;
     ensure!(status.code() == Some(i32::from(u8::from(RunExit::VmmDied))), "{status}: {said}");
     before.and_nothing_more(user.state())
@@ -173,19 +197,4 @@ fn sigterm_ends_the_container_and_then_the_sandbox() -> Result<()> {
     let (status, said) = running.wait()?;
     ensure!(status.code() == Some(7), "{status}: {said}");
     before.and_nothing_more(user.state())
-}
-
-/// The child of `parent` (at any depth) whose name is `name`.
-fn process_of(name: &str, parent: u32) -> Result<Option<i32>> {
-    for entry in fs::read_dir("/proc")? {
-        let path = entry?.path();
-        let Ok(stat) = fs::read_to_string(path.join("stat")) else { continue };
-        let Some((start, rest)) = stat.split_once(") ") else { continue };
-        let Some((pid, comm)) = start.split_once(" (") else { continue };
-        let of = rest.split(' ').nth(1).and_then(|of| of.parse::<u32>().ok());
-        if comm == name && of == Some(parent) {
-            return Ok(Some(pid.parse()?));
-        }
-    }
-    Ok(None)
 }

@@ -28,7 +28,7 @@ fn fs_backend(dir: &Path, share: &Path) -> Result<Backend> {
     Backend::start("nacre-fs", dir, &["--shared-dir", &shared, "--tag", "job"])
 }
 
-fn powered_off(ended: Ended, line: &str) -> Result<()> {
+fn powered_off(ended: &Ended, line: &str) -> Result<()> {
     ensure!(ended.ended(VmmExit::PowerOff), "{ended:#?}");
     ensure!(ended.guest.iter().any(|said| said == line), "no {line:?}: {ended:#?}");
     Ok(())
@@ -42,9 +42,22 @@ fn debians_kernel_boots_with_one_and_with_four_processors() -> Result<()> {
         let machine = linux(share.path(), "echo processors $(grep -c ^processor /proc/cpuinfo)\n")?
             .with(&["--cpus", cpus, "--memory", "512M"])
             .device("job", "fs", backend.socket());
-        powered_off(machine.run_for(SANDBOX_PATIENCE)?, &format!("processors {cpus}"))?;
+        powered_off(&machine.run_for(SANDBOX_PATIENCE)?, &format!("processors {cpus}"))?;
     }
     Ok(())
+}
+
+#[test]
+fn debians_kernel_boots_as_it_is_shipped() -> Result<()> {
+    let (dir, share) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let backend = fs_backend(dir.path(), share.path())?;
+    fs::write(share.path().join("run.sh"), "echo booted by $(cat /proc/cmdline)\n")?;
+    let cmdline = "console=ttyS0 quiet panic=-1";
+    let machine = Machine::linux(&artifacts::bzimage()?, &artifacts::shell_initramfs()?, cmdline)?
+        .with(&["--memory", "512M"])
+        .device("job", "fs", backend.socket());
+    let ended = machine.run_for(SANDBOX_PATIENCE)?;
+    powered_off(&ended, &format!("booted by {cmdline}"))
 }
 
 #[test]
@@ -58,7 +71,7 @@ fn a_reboot_of_the_guest_boots_it_again() -> Result<()> {
         "fs",
         backend.socket(),
     );
-    powered_off(machine.run_for(SANDBOX_PATIENCE)?, "second boot")
+    powered_off(&machine.run_for(SANDBOX_PATIENCE)?, "second boot")
 }
 
 #[test]
@@ -92,7 +105,7 @@ fn debians_virtiofsd_serves_a_share() -> Result<()> {
     let device = format!("id=job,socket={},type=fs,queues=2,config={config}", socket.display());
     let script = "cat /job/from-host; echo vale > /job/from-guest; sync\n";
     let machine = linux(share.path(), script)?.with(&["--memory", "512M", "--vhost-user", &device]);
-    powered_off(machine.run_for(SANDBOX_PATIENCE)?, "salve")?;
+    powered_off(&machine.run_for(SANDBOX_PATIENCE)?, "salve")?;
     let answer = fs::read_to_string(share.path().join("from-guest")).context("the guest's file")?;
     ensure!(answer == "vale\n", "{answer:?}");
     Ok(())

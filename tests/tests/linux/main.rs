@@ -2,6 +2,8 @@
 
 mod container;
 mod devices;
+mod ending;
 mod failure;
+mod image;
 mod lifecycle;
 mod machine;

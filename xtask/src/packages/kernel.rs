@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 const FORMAT: &str = "1";
 const NAME_START: &str = "linux-image-6.12.";
 const NAME_END: &str = "-cloud-amd64";
+const BZIMAGE: &str = "vmlinuz";
 
 /// A kernel in the cache.
 #[derive(Debug)]
@@ -40,6 +41,27 @@ impl Kernel {
     /// The uncompressed ELF file.
     pub fn vmlinux(&self) -> PathBuf {
         self.folder.join("vmlinux")
+    }
+
+    /// The same kernel as Debian ships it, for those who boot it so. A cache that was filled when
+    /// it was not kept yet gets it now.
+    ///
+    /// # Errors
+    /// The package cannot be fetched or is not as expected.
+    pub fn bzimage(&self, cache: &Cache) -> Result<PathBuf> {
+        let kept = self.folder.join(BZIMAGE);
+        if kept.exists() {
+            return Ok(kept);
+        }
+        let release = &self.release;
+        let name = format!("bzimage-{}", self.identity());
+        cache.entry(&name, "fetching the Linux kernel as a bzImage", |image| {
+            let unpacked = image.with_extension("package");
+            PrivateApt::open(cache)?.unpack(&format!("linux-image-{release}"), &unpacked)?;
+            fs::rename(unpacked.join(format!("boot/vmlinuz-{release}")), image)
+                .context("the package has no kernel where it is expected")?;
+            fs::remove_dir_all(&unpacked).context("cannot remove the unpacked package")
+        })
     }
 
     /// What `uname -r` says in it.
@@ -91,6 +113,7 @@ fn make(package: &str, apt: &PrivateApt, folder: &Path) -> Result<()> {
     let image = unpacked.join(format!("boot/vmlinuz-{release}"));
     let image = fs::read(&image).with_context(|| format!("cannot read {}", image.display()))?;
     fs::write(folder.join("vmlinux"), bzimage::vmlinux(&image)?)?;
+    fs::write(folder.join(BZIMAGE), &image)?;
     let modules = folder.join("modules");
     fs::rename(unpacked.join("lib/modules").join(release), &modules)
         .context("the package has no modules where they are expected")?;

@@ -1,0 +1,117 @@
+//! The ways in which a sandbox ends before its container wants to.
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nacre_proto::exit::RunExit;
+use nacre_tests::leftovers::Leftovers;
+use nacre_tests::nacre::{Attached, User, finish};
+use nacre_tests::process::{Process, Signal, child_of, kill_child_of, until};
+
+/// Less than a container is given that nobody listens to.
+const AT_ONCE: Duration = Duration::from_secs(9);
+
+#[test]
+fn signals_reach_the_container_and_a_second_interrupt_ends_it() -> Result<()> {
+    let user = User::new()?;
+    let before = Leftovers::now(user.state())?;
+    let script = "trap 'echo hup' HUP; trap 'echo int' INT; echo up; while :; do sleep 0.1; done";
+    let mut run = Attached::start(&mut user.run_command(&[], &["sh", "-c", script])?)?;
+    run.until("up")?;
+    run.process().signal(Signal::HUP)?;
+    run.until("hup")?;
+    run.process().signal(Signal::INT)?;
+    run.until("int")?;
+    run.process().signal(Signal::INT)?;
+    run.wait()?.code(128 + 9)?;
+    before.and_nothing_more(user.state())
+}
+
+#[test]
+fn input_that_the_container_does_not_want_holds_nothing_up() -> Result<()> {
+    let user = User::new()?;
+    let mut endless = Command::new("yes");
+    let mut endless = Process::start("yes".as_ref(), endless.stdout(Stdio::piped()))?;
+    let script = "read line; echo got $line; exec 0<&-; sleep 1; echo done";
+    let mut run = user.run_command(&["-i"], &["sh", "-c", script])?;
+    run.stdin(endless.child().stdout.take().context("standard output")?);
+    finish(&mut run)?.prints("got y\ndone\n")?;
+    Ok(())
+}
+
+#[test]
+fn output_that_nobody_reads_ends_the_container() -> Result<()> {
+    let user = User::new()?;
+    let before = Leftovers::now(user.state())?;
+    let script = "yes 2>/dev/null; exec sh -c 'exit 3'";
+    let run = Attached::start(&mut user.run_command(&[], &["sh", "-c", script])?)?;
+    run.until("y")?;
+    let left = Instant::now();
+    run.leave()?.code(3)?;
+    ensure!(left.elapsed() < AT_ONCE, "the pipe did not break in the guest");
+    let script = "while :; do echo tick; sleep 0.1; done 2>/dev/null";
+    let run = Attached::start(&mut user.run_command(&[], &["sh", "-c", script])?)?;
+    run.until("tick")?;
+    run.leave()?.code(128 + 9)?;
+    before.and_nothing_more(user.state())
+}
+
+#[test]
+fn the_death_of_a_backend_is_told_by_its_name() -> Result<()> {
+    let user = User::new()?;
+    let before = Leftovers::now(user.state())?;
+    let dir = tempfile::tempdir()?;
+    let disk = dir.path().join("disk.img");
+    fs::write(&disk, vec![0; 1 << 20])?;
+    let disk = disk.display().to_string();
+    for name in ["nacre-fs", "nacre-vsock", "nacre-blk", "nacre-net"] {
+        let options = ["--net", "--disk", disk.as_str()];
+        let mut command = user.run_command(&options, &["sh", "-c", "echo up; sleep 1000"])?;
+        let mut run = Attached::start(&mut command)?;
+        run.until("up")?;
+        kill_child_of(run.process().id(), name)?;
+        let answer = run.wait()?.code(i32::from(u8::from(RunExit::BackendDied)))?;
+        let line = format!("nacre: {name} of ");
+        let told = answer.said.lines().filter(|said| said.starts_with(&line)).count();
+        ensure!(told == 1 && answer.said.contains("signal 9"), "not once {line:?}: {answer:?}");
+        before.and_nothing_more(user.state()).with_context(|| format!("after {name}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_killed_supervisor_leaves_is_cleaned_up_by_rm_and_by_the_next_of_its_name() -> Result<()> {
+    let user = User::new()?;
+    let before = Leftovers::now(user.state())?;
+    let options = ["--name", "orphan", "--net"];
+    for clean in ["rm", "run"] {
+        let mut command = user.run_command(&options, &["sleep", "1000"])?;
+        let mut run = Attached::start(&mut command)?;
+        let id = run.process().id();
+        until("the VMM's process", || Ok(child_of(id, "nacre-vmm")?.is_some()))?;
+        run.process().signal(Signal::KILL)?;
+        ensure!(run.wait()?.code.is_none(), "not killed");
+        until("no process is left", || Ok(!any_backend()?))?;
+        let listed = user.nacre(&["ps"])?.code(0)?;
+        ensure!(listed.out.contains("dead"), "{listed:?}");
+        if clean == "rm" {
+            user.nacre(&["rm", "orphan"])?.code(0)?;
+        } else {
+            user.run(&options, &["echo", "again"])?.prints("again\n")?;
+        }
+        before.and_nothing_more(user.state()).with_context(|| format!("after {clean}"))?;
+    }
+    Ok(())
+}
+
+fn any_backend() -> Result<bool> {
+    for entry in fs::read_dir("/proc")? {
+        let name = fs::read_to_string(entry?.path().join("comm")).unwrap_or_default();
+        if name.starts_with("nacre-") && !name.starts_with("nacre-host") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
