@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
 use nacre_proto::exit::RunExit;
-use nacre_tests::nacre::{User, finish};
+use nacre_tests::nacre::{EATER, User, finish};
 
 fn code(exit: RunExit) -> i32 {
     i32::from(u8::from(exit))
@@ -98,8 +98,7 @@ fn the_root_file_system_of_the_host_is_not_changed() -> Result<()> {
 
 #[test]
 fn running_out_of_memory_has_its_own_code() -> Result<()> {
-    let eater = "x=$(dd if=/dev/zero bs=1M count=200 2>/dev/null | tr '\\0' y); echo ${#x}";
-    let answer = User::new()?.run(&["--memory-limit", "32M"], &["sh", "-c", eater])?;
+    let answer = User::new()?.run(&["--memory-limit", "32M"], EATER)?;
     answer.code(code(RunExit::OutOfMemory))?.tells("memory")?;
     Ok(())
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use nacre_proto::exit::RunExit;
 use nacre_tests::artifacts;
 use nacre_tests::leftovers::Leftovers;
-use nacre_tests::nacre::{Answer, User, finish};
+use nacre_tests::nacre::{Answer, EATER, User, finish};
 use nacre_tests::process::{Process, kill_child_of};
 
 fn setup_fails(options: &[&str], tells: &str) -> Result<()> {
@@ -108,9 +108,8 @@ fn a_guest_panic_has_its_own_code() -> Result<()> {
     let path = empty.path().display().to_string();
     let answer = user.run(&["--initramfs", &path], &["true"])?;
     has_panicked(answer, "the guest's kernel panicked: not syncing: VFS: Unable to mount root")?;
-    let eater = "x=$(dd if=/dev/zero bs=1M count=200 2>/dev/null | tr '\\0' y); echo ${#x}";
     let options = ["--kernel-args", "sysctl.vm.panic_on_oom=2", "--memory-limit", "32M"];
-    let answer = user.run(&options, &["sh", "-c", eater])?;
+    let answer = user.run(&options, EATER)?;
     has_panicked(answer, "the guest's kernel panicked: not syncing: Out of memory")?;
     before.and_nothing_more(user.state())
 }
