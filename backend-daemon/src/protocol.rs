@@ -92,6 +92,7 @@ impl<D: Device> Session<D> {
         let mut features = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
         features.set(VhostUserProtocolFeatures::CONFIG, self.has_config());
         features
@@ -205,13 +206,13 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
 
     fn get_inflight_fd(
         &mut self,
-        _inflight: &VhostUserInflight,
+        inflight: &VhostUserInflight,
     ) -> Result<(VhostUserInflight, File)> {
-        unsupported("inflight tracking was not offered")
+        self.make_inflight(inflight).map_err(refuse)
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        unsupported("inflight tracking was not offered")
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        self.set_inflight(inflight, file).map_err(refuse)
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {

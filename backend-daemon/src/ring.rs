@@ -4,11 +4,11 @@
 //! ones before writable ones, properly ended. A device therefore never meets a bad address. The
 //! guest may rewrite its descriptors afterwards; nobody looks at them again.
 
+mod gather;
 mod together;
+mod tracking;
 
-use std::io;
 use std::num::Wrapping;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -17,8 +17,10 @@ use vm_memory::{
     Bytes, GuestAddress, GuestMemory, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap,
 };
 
+pub use self::gather::{readv, skip, take, total, writev};
+pub(crate) use self::tracking::Stand;
 use crate::doorbell::Doorbell;
-use crate::sys;
+use crate::inflight::Log;
 pub use crate::sys::Segment;
 
 /// The guest's memory as the frontend last told it.
@@ -66,6 +68,9 @@ pub enum RingError {
         /// What there is.
         available: u64,
     },
+    /// A chain that was in flight before can't be looked up again.
+    #[error("no memory to look a chain up")]
+    NoMemory,
 }
 
 /// One running virtqueue, owned by its worker.
@@ -76,6 +81,8 @@ pub struct Ring {
     pushed: bool,
     /// The guest broke it: it stops at the end of the worker's call.
     broken: bool,
+    /// Where chains in flight are marked, if the frontend keeps a region for it.
+    log: Option<Log>,
 }
 
 /// One request: a chain of descriptors that the guest made available, checked and taken.
@@ -84,12 +91,15 @@ pub struct Chain {
     readable: Vec<Segment>,
     writable: Vec<Segment>,
     descriptors: DescriptorChain<MemoryGuard>,
+    /// What the buffers lie in.
+    memory: MemoryGuard,
+    is_repeated: bool,
 }
 
 impl Ring {
     /// A ring on a `queue` whose areas lie in `memory`.
     pub(crate) fn new(queue: Queue, memory: MemoryGuard, call: Option<Arc<Doorbell>>) -> Self {
-        Self { queue, memory, call, pushed: false, broken: false }
+        Self { queue, memory, call, pushed: false, broken: false, log: None }
     }
 
     /// The position of the next chain that `pop` takes: what a restart goes on from.
@@ -141,18 +151,31 @@ impl Ring {
     }
 
     fn take(&mut self) -> Result<Option<Chain>, RingError> {
+        if let Some(chain) = self.take_left()? {
+            return Ok(Some(chain));
+        }
         let avail = self.queue.avail_idx(&*self.memory, Ordering::Acquire)?;
         let waiting = (avail - Wrapping(self.queue.next_avail())).0;
         if waiting > self.queue.size() {
             return Err(virtio_queue::Error::InvalidAvailRingIndex.into());
         }
         let descriptors = self.queue.iter(self.memory.clone())?.next();
-        descriptors.map(|chain| Chain::check(chain, self.queue.size())).transpose()
+        let Some(descriptors) = descriptors else { return Ok(None) };
+        let chain = Chain::check(descriptors, self.memory.clone(), self.queue.size())?;
+        if let Some(log) = &mut self.log {
+            log.mark(chain.head);
+        }
+        Ok(Some(chain))
     }
 
     /// Puts back the chain that was popped last, as if it had never been taken.
+    #[expect(clippy::needless_pass_by_value, reason = "a chain put back can't be used again")]
     pub fn unpop(&mut self, chain: Chain) {
-        drop(chain);
+        match &mut self.log {
+            Some(log) if chain.is_repeated => return log.wait_again(chain.head),
+            Some(log) => log.unmark(chain.head),
+            None => {}
+        }
         self.queue.go_to_previous_position();
     }
 
@@ -164,9 +187,23 @@ impl Ring {
     /// Fails if the used ring lies outside the guest's memory.
     #[expect(clippy::needless_pass_by_value, reason = "a chain given back can't be used again")]
     pub fn push(&mut self, chain: Chain, written_bytes: u32) -> Result<(), RingError> {
-        let added = self.queue.add_used(&*self.memory, chain.head, written_bytes);
+        if let Some(log) = &self.log {
+            log.link(chain.head);
+        }
+        self.publish(&[chain.head], written_bytes)
+    }
+
+    /// Writes the last of `heads` into the used ring and stores the index, behind all of them.
+    fn publish(&mut self, heads: &[u16], written_bytes: u32) -> Result<(), RingError> {
+        let Some(last) = heads.last() else { return Ok(()) };
+        let added = self.queue.add_used(&*self.memory, *last, written_bytes);
         self.broken |= added.is_err();
         self.pushed |= added.is_ok();
+        if added.is_ok()
+            && let Some(log) = &self.log
+        {
+            log.settle(heads.iter().copied(), self.queue.next_used());
+        }
         Ok(added?)
     }
 
@@ -200,7 +237,12 @@ impl Ring {
 }
 
 impl Chain {
-    fn check(descriptors: DescriptorChain<MemoryGuard>, size: u16) -> Result<Self, RingError> {
+    /// Looks at each descriptor; the buffers have to lie in `memory`.
+    fn check(
+        descriptors: DescriptorChain<MemoryGuard>,
+        memory: MemoryGuard,
+        size: u16,
+    ) -> Result<Self, RingError> {
         let head = descriptors.head_index();
         let (mut readable, mut writable) = (Vec::new(), Vec::new());
         let mut ended = false;
@@ -214,13 +256,13 @@ impl Chain {
             } else {
                 return Err(RingError::Order { head });
             };
-            segments(descriptors.memory(), descriptor.addr().0, descriptor.len(), part)?;
+            segments(&memory, descriptor.addr().0, descriptor.len(), part)?;
             ended = !descriptor.has_next();
         }
         if !ended || count > u32::from(size).max(u32::from(u16::MAX)) {
             return Err(RingError::Endless { head });
         }
-        Ok(Self { head, readable, writable, descriptors })
+        Ok(Self { head, readable, writable, descriptors, memory, is_repeated: false })
     }
 
     /// The index of the chain's first descriptor, which names the request until it is pushed.
@@ -256,7 +298,13 @@ impl Chain {
     /// The guest's memory that the chain lies in.
     #[must_use]
     pub fn memory(&self) -> &Memory {
-        self.descriptors.memory()
+        &self.memory
+    }
+
+    /// Whether a predecessor of this process had taken the chain, and may have acted on it.
+    #[must_use]
+    pub fn is_repeated(&self) -> bool {
+        self.is_repeated
     }
 
     /// The chain as `virtio_queue` knows it, for libraries that walk it themselves.
@@ -306,50 +354,6 @@ impl Chain {
         }
         Ok(())
     }
-}
-
-/// The segments without their first `offset` bytes.
-pub fn skip(segments: &[Segment], offset: u64) -> impl Iterator<Item = Segment> + '_ {
-    let mut left = offset;
-    segments.iter().filter_map(move |segment| {
-        let cut = left.min(segment.len() as u64);
-        left -= cut;
-        segment.tail(usize::try_from(cut).ok()?)
-    })
-}
-
-/// The segments' first `bytes` bytes.
-pub fn take(segments: impl Iterator<Item = Segment>, bytes: u64) -> impl Iterator<Item = Segment> {
-    let mut left = bytes;
-    segments.map_while(move |segment| {
-        let part = segment.head(usize::try_from(left).unwrap_or(usize::MAX));
-        left -= part.len() as u64;
-        (!part.is_empty()).then_some(part)
-    })
-}
-
-/// The segments' total length, in bytes.
-#[must_use]
-pub fn total(segments: &[Segment]) -> u64 {
-    segments.iter().map(|segment| segment.len() as u64).sum()
-}
-
-/// `writev(2)` of guest memory, without copying it first.
-///
-/// # Errors
-///
-/// What the system call gives.
-pub fn writev(fd: BorrowedFd<'_>, segments: &[Segment]) -> io::Result<usize> {
-    sys::writev(fd, segments)
-}
-
-/// `readv(2)` into guest memory, without copying it first.
-///
-/// # Errors
-///
-/// What the system call gives.
-pub fn readv(fd: BorrowedFd<'_>, segments: &[Segment]) -> io::Result<usize> {
-    sys::readv(fd, segments)
 }
 
 fn segments(

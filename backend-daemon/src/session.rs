@@ -7,15 +7,16 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use vhost::vhost_user::message::VhostUserMemoryRegion;
+use vhost::vhost_user::message::{VhostUserInflight, VhostUserMemoryRegion};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::GuestAddressSpace;
 
 use crate::device::{Device, QueueIndex};
 use crate::doorbell::Doorbell;
+use crate::inflight::{InflightError, Region, make};
 use crate::memory::{MemoryError, Table};
-use crate::ring::{Memory, SharedMemory};
+use crate::ring::{Memory, Ring, SharedMemory};
 use crate::vring::{Addresses, Kick, StartError, Vring};
 use crate::worker::{Answer, Handle, Order, WorkerGone};
 
@@ -45,6 +46,8 @@ pub(crate) enum SessionError {
     Kick { queue: u16, source: io::Error },
     #[error("a descriptor of a queue is unusable")]
     Doorbell(#[source] io::Error),
+    #[error("the inflight region")]
+    Inflight(#[from] InflightError),
     #[error("the memory table")]
     Memory(#[from] MemoryError),
     #[error("{len_bytes} bytes at {offset} are not in the configuration space")]
@@ -65,6 +68,8 @@ pub(crate) struct Session<D> {
     table: Table,
     memory: SharedMemory,
     vrings: Vec<Vring>,
+    /// Where chains in flight are marked, if the frontend gave a region for it.
+    inflight: Option<Region>,
 }
 
 impl<D: Device> Session<D> {
@@ -91,6 +96,7 @@ impl<D: Device> Session<D> {
             table: Table::default(),
             memory: SharedMemory::new(Memory::new()),
             vrings,
+            inflight: None,
         }
     }
 
@@ -155,7 +161,13 @@ impl<D: Device> Session<D> {
     pub(crate) fn take_base(&mut self, index: u32) -> Result<u16, SessionError> {
         let (queue, _vring) = self.vring(index)?;
         self.stop(queue)?;
-        let (_queue, vring) = self.vring(index)?;
+        let vring = &mut self.vrings[usize::from(queue.0)];
+        if std::mem::take(&mut vring.is_whole)
+            && let Some(region) = &self.inflight
+        {
+            // The base that the frontend gets says it all, and the next one may be of a new ring.
+            region.wipe(queue.0);
+        }
         vring.kick = None;
         Ok(vring.base)
     }
@@ -195,6 +207,27 @@ impl<D: Device> Session<D> {
         let (queue, vring) = self.vring(index)?;
         vring.enabled = enabled;
         if enabled { self.start(queue) } else { self.stop(queue) }
+    }
+
+    /// Makes a region to mark chains in flight in. It is the frontend's to keep and to give back.
+    pub(crate) fn make_inflight(
+        &self,
+        asked: &VhostUserInflight,
+    ) -> Result<(VhostUserInflight, File), SessionError> {
+        Ok(make(asked, self.queue_count())?)
+    }
+
+    /// Marks chains in flight in this region from now on, and goes on from what is marked there.
+    pub(crate) fn set_inflight(
+        &mut self,
+        given: &VhostUserInflight,
+        file: File,
+    ) -> Result<(), SessionError> {
+        if let Some(queue) = (0..).zip(&self.vrings).find(|(_queue, vring)| vring.running) {
+            return Err(SessionError::SetUpWhileRunning { queue: queue.0 });
+        }
+        self.inflight = Some(Region::adopt(given, file, self.queue_count())?);
+        Ok(())
     }
 
     /// Replaces the whole memory table.
@@ -243,8 +276,17 @@ impl<D: Device> Session<D> {
         Ok(())
     }
 
-    /// Stops all rings, and forgets how they were set up.
+    /// The guest reset the device: rings, settings, and all that was in flight are gone.
     pub(crate) fn reset_rings(&mut self) -> Result<(), SessionError> {
+        self.forget_rings()?;
+        if let Some(region) = &self.inflight {
+            (0..self.queue_count()).for_each(|queue| region.wipe(queue));
+        }
+        Ok(())
+    }
+
+    /// Stops all rings, and forgets how they were set up.
+    fn forget_rings(&mut self) -> Result<(), SessionError> {
         for queue in (0..self.queue_count()).map(QueueIndex) {
             self.stop(queue)?;
             self.vrings[usize::from(queue.0)] = Vring::new(self.max_queue_size);
@@ -254,7 +296,8 @@ impl<D: Device> Session<D> {
 
     /// The frontend went: nothing of its session stays.
     pub(crate) fn end(&mut self) -> Result<(), SessionError> {
-        self.reset_rings()?;
+        self.forget_rings()?;
+        self.inflight = None;
         self.acked = None;
         self.exchange(Table::default())
     }
@@ -285,14 +328,26 @@ impl<D: Device> Session<D> {
         let event_idx = acked & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let ring = vring
             .ring(&self.table, self.memory.memory(), event_idx)
+            .and_then(|ring| self.tracked(index, ring))
             .map_err(|source| SessionError::Start { queue: index, source })?;
         let err = vring.err.clone();
         let order = Order::Start { queue, ring: Box::new(ring), kick, err };
         if let Answer::Refused(source) = self.worker(queue).order(order)? {
             return Err(SessionError::Kick { queue: index, source });
         }
-        self.vrings[usize::from(index)].running = true;
+        let vring = &mut self.vrings[usize::from(index)];
+        (vring.running, vring.is_whole) = (true, false);
         Ok(())
+    }
+
+    /// Has the ring mark its chains in flight, if there is a region for it.
+    fn tracked(&self, queue: u16, ring: Ring) -> Result<Ring, StartError> {
+        let Some(region) = &self.inflight else { return Ok(ring) };
+        let log = region.log(queue, ring.size())?;
+        Ok(match log {
+            Some(log) => ring.track(log),
+            None => ring,
+        })
     }
 
     fn stop(&mut self, queue: QueueIndex) -> Result<(), SessionError> {
@@ -302,8 +357,8 @@ impl<D: Device> Session<D> {
         let answer = self.worker(queue).order(Order::Stop(queue))?;
         let vring = &mut self.vrings[usize::from(queue.0)];
         vring.running = false;
-        if let Answer::StoppedAt(base) = answer {
-            vring.base = base;
+        if let Answer::StoppedAt(stand) = answer {
+            (vring.base, vring.is_whole) = (stand.base, stand.is_whole);
         }
         Ok(())
     }

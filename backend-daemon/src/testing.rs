@@ -29,7 +29,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use self::daemon::Daemon;
-use self::frontend::Connection;
+use self::frontend::{Connection, Inflight};
 use self::memory::GuestMemory;
 pub use self::memory::Region;
 use self::queue::{Descriptor, GuestQueue};
@@ -53,6 +53,8 @@ pub struct Options {
     pub features: u64,
     /// How many bytes of memory the buffers have.
     pub memory_bytes: u64,
+    /// Have the device mark its requests in flight, in a region that is kept when it goes.
+    pub inflight: bool,
     /// How far behind a 4096-byte boundary each buffer starts.
     pub misaligned_bytes: u64,
     /// When the frontend enables the rings.
@@ -80,6 +82,7 @@ impl Default for Options {
             indirect: false,
             features: u64::MAX,
             memory_bytes: 32 << 20,
+            inflight: false,
             misaligned_bytes: 0,
             enabling: Enabling::Last,
         }
@@ -110,6 +113,7 @@ pub struct Driver {
     connection: Connection,
     memory: GuestMemory,
     queues: Vec<GuestQueue>,
+    inflight: Option<Inflight>,
 }
 
 impl Driver {
@@ -125,13 +129,19 @@ impl Driver {
         let memory = GuestMemory::new(options);
         let connection = Connection::new(stream, options);
         let queues = (0..options.queues).map(|index| GuestQueue::new(index, options)).collect();
-        let mut driver = Self { options: *options, connection, memory, queues };
+        let mut driver = Self { options: *options, connection, memory, queues, inflight: None };
         driver.set_up(&vec![0; options.queues.into()]);
         driver
     }
 
     fn set_up(&mut self, bases: &[u16]) {
         self.connection.set_memory(&self.memory);
+        if self.options.inflight {
+            let Options { queue_size, queues, .. } = self.options;
+            let made = || self.connection.get_inflight(queue_size, queues);
+            let region = self.inflight.get_or_insert_with(made);
+            self.connection.set_inflight(region);
+        }
         let event_idx = self.connection.has_event_idx();
         for (queue, base) in self.queues.iter_mut().zip(bases) {
             queue.event_idx = event_idx;
@@ -264,13 +274,26 @@ impl Driver {
     }
 
     /// Hangs up and connects again, as a frontend does whose backend went: with the same memory
-    /// and rings, from where the used rings stand.
+    /// and rings, from where the used rings stand, and with the region of requests in flight.
     pub fn reconnect(&mut self, socket: &Path) {
         self.connection.hang_up();
         self.connection = Connection::new(connect_soon(socket), &self.options);
         let bases: Vec<u16> =
             self.queues.iter().map(|queue| queue.used_index(&self.memory)).collect();
         self.set_up(&bases);
+    }
+
+    /// The bytes of the region in which requests in flight are marked.
+    #[must_use]
+    pub fn inflight_region(&self) -> Vec<u8> {
+        self.inflight.as_ref().expect("the options ask for it").bytes()
+    }
+
+    /// Marks an unanswered request in flight, as a device does that takes it and dies.
+    pub fn mark_in_flight(&mut self, queue: u16, request: Request) {
+        let head = self.queues[usize::from(queue)].head(request);
+        let region = self.inflight.as_ref().expect("the options ask for it");
+        region.mark(queue, head);
     }
 
     /// Adds a region of memory (`ADD_MEM_REG`); buffers come from it from now on.

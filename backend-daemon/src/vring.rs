@@ -8,6 +8,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory};
 
 use crate::doorbell::Doorbell;
+use crate::inflight::InflightError;
 use crate::memory::Table;
 use crate::ring::{MemoryGuard, Ring, RingError};
 
@@ -42,6 +43,8 @@ pub(crate) struct Vring {
     pub(crate) enabled: bool,
     /// The worker has the ring.
     pub(crate) running: bool,
+    /// The ring ran, and `base` says where it stands: nothing waits in the inflight region.
+    pub(crate) is_whole: bool,
 }
 
 /// Why a ring can't start.
@@ -55,6 +58,8 @@ pub(crate) enum StartError {
     Outside { guest: u64, len_bytes: usize },
     #[error("the ring's settings")]
     Ring(#[from] RingError),
+    #[error("the ring's part of the inflight region")]
+    Inflight(#[from] InflightError),
 }
 
 impl Vring {
@@ -69,6 +74,7 @@ impl Vring {
             err: None,
             enabled: false,
             running: false,
+            is_whole: false,
         }
     }
 

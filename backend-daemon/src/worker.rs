@@ -18,7 +18,7 @@ use crate::device::{DeviceError, QueueIndex, Rings, Worker};
 use crate::doorbell::{Doorbell, Heard};
 use crate::logging::{Limit, chain};
 use crate::poll::{Poll, Wake};
-use crate::ring::{MemoryGuard, Ring, RingError};
+use crate::ring::{MemoryGuard, Ring, RingError, Stand};
 use crate::vring::Kick;
 
 /// What the protocol thread wants of a worker.
@@ -41,8 +41,8 @@ pub(crate) enum Order {
 #[derive(Debug)]
 pub(crate) enum Answer {
     Done,
-    /// The ring stopped; this is the position of the next chain.
-    StoppedAt(u16),
+    /// The ring stopped, and stands here.
+    StoppedAt(Stand),
     Refused(io::Error),
 }
 
@@ -206,8 +206,8 @@ impl<W: Worker> Thread<W> {
         self.call(Some(queue), |worker, rings| worker.drain(queue, rings))?;
         let ring = self.rings[position].1.take();
         let broken_at = std::mem::take(&mut self.doorbells[position]).broken_at;
-        let stopped_at = ring.map(|ring| ring.next_avail()).or(broken_at);
-        Ok(Answer::StoppedAt(stopped_at.unwrap_or_default()))
+        let broken_at = Stand { base: broken_at.unwrap_or_default(), is_whole: true };
+        Ok(Answer::StoppedAt(ring.map_or(broken_at, Ring::give_up)))
     }
 
     fn kicked(&mut self, queue: QueueIndex) -> Result<(), DeviceError> {

@@ -18,7 +18,7 @@ const SET_FEATURES: u32 = 2;
 const SET_PROTOCOL_FEATURES: u32 = 16;
 const SET_VRING_ENABLE: u32 = 18;
 /// Requests that set memory and rings up, and take them down.
-const SET_UP: [u32; 11] = [5, 8, 9, 10, 11, 12, 13, 14, 18, 37, 38];
+const SET_UP: [u32; 13] = [5, 8, 9, 10, 11, 12, 13, 14, 18, 31, 32, 37, 38];
 const LAST_REQUEST: u32 = 46;
 const NEED_REPLY: u32 = 1 << 3;
 
@@ -47,6 +47,8 @@ impl Random {
         let own = match request {
             // A memory table of one region, addresses, a region.
             5 | 9 | 37 | 38 => 5,
+            // An inflight region.
+            31 | 32 => 3,
             1 | 3 | 4 | 15 | 17 | 34 | 36 | 43 => 0,
             _ => 1,
         };
@@ -67,7 +69,7 @@ impl Random {
 
 /// Negotiates, so that no message is refused only for coming too early.
 fn negotiate(stream: &mut UnixStream) {
-    let protocol: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 13 | 1 << 15;
+    let protocol: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15;
     for (request, features) in [(SET_PROTOCOL_FEATURES, protocol), (SET_FEATURES, 1 << 30)] {
         stream.write_all(&message(request, &features.to_le_bytes())).unwrap();
     }
@@ -116,7 +118,7 @@ fn no_message_ends_the_process() {
             let bytes = message(request, &random.payload(request));
             let fds: [RawFd; 2] = [memory.as_raw_fd(), event.as_raw_fd()];
             let fds = match request {
-                5 | 37 => &fds[..1],
+                5 | 32 | 37 => &fds[..1],
                 12..=14 => &fds[1..],
                 _ => &fds[..usize::from(random.next().is_multiple_of(8))],
             };

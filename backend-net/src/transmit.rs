@@ -68,6 +68,11 @@ impl Transmitter {
     pub(crate) fn send(&mut self, ring: &mut Ring, tap: &Tap) -> Result<Sent, DeviceError> {
         for _ in 0..BUDGET {
             let Some(chain) = ring.pop()? else { return Ok(Sent::All) };
+            if chain.is_repeated() {
+                // It may be on the wire already; a frame that is lost is sent again by its owner.
+                ring.push(chain, 0)?;
+                continue;
+            }
             match self.attempt(&chain, tap)? {
                 Attempt::Sent => {}
                 Attempt::Refused(refusal) => self.drops.add(&refusal),

@@ -1,6 +1,7 @@
 //! `nacre-blk` over its real socket, jailed, with a test driver in the guest's and the VMM's place.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod kills;
 mod life;
 mod requests;
 mod rings;

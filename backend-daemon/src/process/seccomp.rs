@@ -70,6 +70,9 @@ const PROTOCOL: &[c_long] = &[
     // `File::metadata` of a descriptor: no path is followed with an empty one.
     libc::SYS_statx,
     libc::SYS_shutdown,
+    // It makes the region in which requests in flight are marked.
+    libc::SYS_memfd_create,
+    libc::SYS_ftruncate,
 ];
 
 /// A kind of thread.
@@ -106,6 +109,13 @@ fn constrained() -> Result<Rules, BackendError> {
     let exactly = |value| condition(1, SeccompCmpOp::Eq, value);
     let fcntl = [libc::F_GETFL, libc::F_SETFL, libc::F_GETFD, libc::F_SETFD, libc::F_DUPFD_CLOEXEC];
     let fcntl = fcntl.into_iter().map(|command| exactly(u64::from(command.unsigned_abs())));
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    let equal = |argument, value: i32| {
+        let value = u64::from(value.unsigned_abs());
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+    };
+    let seal = SeccompRule::new(vec![equal(1, libc::F_ADD_SEALS)?, equal(2, seals)?]);
+    let fcntl = fcntl.chain([seal]);
     Ok(Rules::from([
         (libc::SYS_mmap, vec![no_exec()?]),
         (libc::SYS_mprotect, vec![no_exec()?]),

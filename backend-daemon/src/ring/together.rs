@@ -7,6 +7,7 @@ use virtio_queue::QueueT;
 use vm_memory::{Address, Bytes, GuestAddress};
 
 use super::{Chain, Ring, RingError};
+use crate::inflight::{Step, reach};
 
 impl Ring {
     /// Gives several chains back at once: the guest sees all of them or none, as one packet in
@@ -19,21 +20,27 @@ impl Ring {
         &mut self,
         chains: impl IntoIterator<Item = (Chain, u32)>,
     ) -> Result<(), RingError> {
-        let mut chains: Vec<(Chain, u32)> = chains.into_iter().collect();
-        let Some((last, last_bytes)) = chains.pop() else { return Ok(()) };
+        let (heads, written): (Vec<u16>, Vec<u32>) =
+            chains.into_iter().map(|(chain, written_bytes)| (chain.head, written_bytes)).unzip();
+        let Some((last_bytes, others)) = written.split_last() else { return Ok(()) };
+        if let Some(log) = &self.log {
+            for head in &heads {
+                log.link(*head);
+            }
+        }
         let first_used = Wrapping(self.queue.next_used());
         let mut used = first_used;
-        for (chain, written_bytes) in &chains {
-            let written = self.write_used(used.0, chain.head, *written_bytes);
+        for (head, written_bytes) in heads.iter().zip(others) {
+            let written = self.write_used(used.0, *head, *written_bytes);
             self.broken |= written.is_err();
             written?;
             used += 1;
         }
+        reach(Step::Written);
         self.queue.set_next_used(used.0);
-        // This stores the index, behind all the elements.
-        self.push(last, last_bytes)?;
+        self.publish(&heads, *last_bytes)?;
         // The queue counts one chain for its own decision on an interrupt.
-        if !chains.is_empty() && self.queue.event_idx_enabled() {
+        if !others.is_empty() && self.queue.event_idx_enabled() {
             self.announce_from(first_used)?;
         }
         Ok(())

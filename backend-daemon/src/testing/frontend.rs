@@ -1,11 +1,13 @@
 //! The frontend's side of one vhost-user connection.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
 use vhost::vhost_user::{
     Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
@@ -22,6 +24,27 @@ pub(super) struct Connection {
     stream: UnixStream,
     pub(super) features: u64,
     enabling: Enabling,
+}
+
+/// The region in which a backend marks its requests in flight, as the frontend keeps it.
+pub(super) struct Inflight {
+    info: VhostUserInflight,
+    file: File,
+}
+
+impl Inflight {
+    pub(super) fn bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(self.info.mmap_size).unwrap()];
+        self.file.read_exact_at(&mut bytes, self.info.mmap_offset).unwrap();
+        bytes
+    }
+
+    /// Sets the first byte of an entry of a queue's part.
+    pub(super) fn mark(&self, queue: u16, head: u16) {
+        let part = self.info.mmap_size / u64::from(self.info.num_queues);
+        let entry = u64::from(queue) * part + 16 + 16 * u64::from(head);
+        self.file.write_all_at(&[1], self.info.mmap_offset + entry).unwrap();
+    }
 }
 
 impl Connection {
@@ -46,6 +69,9 @@ impl Connection {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        let inflight = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        let known = if options.inflight { known | inflight } else { known };
+        assert!(!options.inflight || protocol.contains(inflight), "no inflight tracking");
         frontend.set_protocol_features(protocol & known).unwrap();
         if let Enabling::First { answered } = options.enabling {
             for queue in 0..options.queues {
@@ -70,6 +96,16 @@ impl Connection {
     pub(super) fn set_memory(&mut self, memory: &GuestMemory) {
         let regions: Vec<_> = memory.map().iter().map(|region| describe(memory, region)).collect();
         self.frontend.set_mem_table(&regions).unwrap();
+    }
+
+    pub(super) fn get_inflight(&mut self, size: u16, queues: u16) -> Inflight {
+        let asked = VhostUserInflight::new(0, 0, queues, size);
+        let (info, file) = self.frontend.get_inflight_fd(&asked).unwrap();
+        Inflight { info, file }
+    }
+
+    pub(super) fn set_inflight(&mut self, region: &Inflight) {
+        self.frontend.set_inflight_fd(&region.info, region.file.as_raw_fd()).unwrap();
     }
 
     pub(super) fn add_region(&mut self, memory: &GuestMemory, region: Region) {

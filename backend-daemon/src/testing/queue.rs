@@ -257,6 +257,13 @@ impl GuestQueue {
         self.answers.remove(&request)
     }
 
+    /// The head of an unanswered request.
+    pub(super) fn head(&self, request: Request) -> u16 {
+        let mut pending = self.pending.iter();
+        let found = pending.find(|(_head, pending)| pending.request == request);
+        *found.expect("the request has no answer yet").0
+    }
+
     pub(super) fn in_flight(&self) -> usize {
         self.pending.len()
     }

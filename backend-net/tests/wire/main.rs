@@ -9,6 +9,7 @@
 
 mod frames;
 mod host;
+mod killed;
 mod receive;
 mod start;
 mod sys;
