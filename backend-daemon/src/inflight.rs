@@ -75,7 +75,11 @@ fn check_shape(asked: &VhostUserInflight, most: u16) -> Result<u64, InflightErro
     Ok(usize::from(queues) as u64 * part_bytes(size) as u64)
 }
 
-/// Makes the file of an empty region for a device of `most` queues.
+/// Makes the file of an empty region for a device of `most` queues of at most `max_size`
+/// descriptors.
+///
+/// A part has `max_size` entries even if fewer are asked for, and says so in its header: QEMU asks
+/// for its own default size, and a guest's driver may take a larger ring.
 ///
 /// # Errors
 ///
@@ -83,15 +87,27 @@ fn check_shape(asked: &VhostUserInflight, most: u16) -> Result<u64, InflightErro
 pub(crate) fn make(
     asked: &VhostUserInflight,
     most: u16,
+    max_size: u16,
 ) -> Result<(VhostUserInflight, File), InflightError> {
-    let len_bytes = check_shape(asked, most)?;
+    check_shape(asked, most)?;
+    let size = asked.queue_size.max(max_size);
+    let made = VhostUserInflight::new(0, 0, asked.num_queues, size);
+    let len_bytes = check_shape(&made, most)?;
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let file = memfd_create("inflight", flags).map(File::from);
     let file = file.map_err(|error| InflightError::Make(error.into()))?;
     file.set_len(len_bytes).map_err(InflightError::Make)?;
+    let length = usize::try_from(len_bytes).unwrap_or(usize::MAX);
+    let copy = file.try_clone().map_err(InflightError::Make)?;
+    let mapping =
+        MmapRegion::from_file(FileOffset::new(copy, 0), length).map_err(InflightError::Map)?;
+    let region = Region { mapping: Arc::new(mapping), queues: asked.num_queues, size };
+    for queue in 0..asked.num_queues {
+        region.part(queue).declare();
+    }
     let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
     fcntl_add_seals(&file, seals).map_err(|error| InflightError::Make(error.into()))?;
-    Ok((VhostUserInflight::new(len_bytes, 0, asked.num_queues, asked.queue_size), file))
+    Ok((VhostUserInflight::new(len_bytes, 0, asked.num_queues, size), file))
 }
 
 impl Region {
@@ -117,7 +133,12 @@ impl Region {
         }
         let mapping = MmapRegion::from_file(FileOffset::new(file, offset), len)
             .map_err(InflightError::Map)?;
-        let region = Self { mapping: Arc::new(mapping), queues, size };
+        let mut region = Self { mapping: Arc::new(mapping), queues, size };
+        // The frontend may not know how many entries the region was made with.
+        let entries = region.part(0).entries();
+        if (1..=MAX_SIZE).contains(&entries) && usize::from(queues) * part_bytes(entries) <= len {
+            region.size = entries;
+        }
         for queue in 0..queues {
             region.part(queue).check(queue)?;
         }
@@ -166,14 +187,15 @@ mod tests {
     }
 
     #[test]
-    fn a_new_region_is_sealed_zeroed_and_has_the_specification_s_size() {
-        let (info, file) = make(&asked(2, 128), 4).unwrap();
+    fn a_new_region_is_sealed_empty_and_has_the_specification_s_size() {
+        let (info, file) = make(&asked(2, 128), 4, 64).unwrap();
         assert_eq!({ info.mmap_size }, 2 * (16 + 128 * 16_u64).next_multiple_of(64));
         assert_eq!((info.mmap_offset, info.num_queues, info.queue_size), (0, 2, 128));
         assert!(file.set_len(0).is_err() && file.set_len(1 << 20).is_err());
         let mut bytes = vec![1; usize::try_from(info.mmap_size).unwrap()];
         file.read_exact_at(&mut bytes, 0).unwrap();
-        assert!(bytes.iter().all(|byte| *byte == 0));
+        assert_eq!(bytes[10..12], 128_u16.to_ne_bytes());
+        assert!(bytes[12..128].iter().all(|byte| *byte == 0));
         let region = Region::adopt(&info, file, 4).unwrap();
         assert!(region.log(1, 128).unwrap().is_some());
         assert!(region.log(2, 128).unwrap().is_none());
@@ -181,16 +203,24 @@ mod tests {
     }
 
     #[test]
+    fn a_region_holds_the_largest_ring_even_if_the_frontend_knows_of_a_smaller_one() {
+        let (info, file) = make(&asked(2, 128), 2, 1024).unwrap();
+        let as_the_frontend_thinks = VhostUserInflight::new(info.mmap_size, 0, 2, 128);
+        let region = Region::adopt(&as_the_frontend_thinks, file, 2).unwrap();
+        assert!(region.log(1, 1024).unwrap().is_some());
+    }
+
+    #[test]
     fn shapes_that_no_device_has_are_refused() {
         for (queues, size) in [(0, 1), (5, 128), (1, 0), (1, MAX_SIZE + 1)] {
-            let made = make(&asked(queues, size), 4);
+            let made = make(&asked(queues, size), 4, 1);
             assert!(matches!(made, Err(InflightError::Shape { .. })), "{queues} {size}");
         }
     }
 
     #[test]
     fn a_region_that_is_not_what_it_is_said_to_be_is_refused() {
-        let (info, file) = make(&asked(2, 64), 2).unwrap();
+        let (info, file) = make(&asked(2, 64), 2, 1).unwrap();
         let adopt = |mmap_size, mmap_offset, queues, size| {
             let given = VhostUserInflight::new(mmap_size, mmap_offset, queues, size);
             Region::adopt(&given, file.try_clone().unwrap(), 2).map(|_region| ())
@@ -208,11 +238,12 @@ mod tests {
 
     #[test]
     fn a_header_of_another_version_or_shape_is_refused() {
-        let (info, file) = make(&asked(1, 64), 1).unwrap();
+        let (info, file) = make(&asked(1, 64), 1, 1).unwrap();
         let adopt = || Region::adopt(&info, file.try_clone().unwrap(), 1).map(|_region| ());
         file.write_all_at(&2_u16.to_ne_bytes(), 8).unwrap();
         assert!(matches!(adopt(), Err(InflightError::Version { version: 2, .. })));
         file.write_all_at(&1_u16.to_ne_bytes(), 8).unwrap();
+        file.write_all_at(&0_u16.to_ne_bytes(), 10).unwrap();
         assert!(matches!(adopt(), Err(InflightError::Header { count: 0, .. })));
         file.write_all_at(&64_u16.to_ne_bytes(), 10).unwrap();
         adopt().unwrap();

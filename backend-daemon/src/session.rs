@@ -214,7 +214,7 @@ impl<D: Device> Session<D> {
         &self,
         asked: &VhostUserInflight,
     ) -> Result<(VhostUserInflight, File), SessionError> {
-        Ok(make(asked, self.queue_count())?)
+        Ok(make(asked, self.queue_count(), self.max_queue_size)?)
     }
 
     /// Marks chains in flight in this region from now on, and goes on from what is marked there.

@@ -82,6 +82,16 @@ impl Log {
         Self { mapping, start, size, counter: 0, waiting: VecDeque::new() }
     }
 
+    /// How many entries the part was made with; zero if nobody wrote it down.
+    pub(super) fn entries(&self) -> u16 {
+        self.load(COUNT)
+    }
+
+    /// Writes down how many entries the part has; it stays empty.
+    pub(super) fn declare(&self) {
+        self.store(COUNT, self.size);
+    }
+
     /// Whether the part can be read: it is empty, or of the version and shape that are known.
     pub(super) fn check(&self, queue: u16) -> Result<(), InflightError> {
         let version: u16 = self.load(VERSION);

@@ -44,7 +44,7 @@ impl Guest {
     fn new(start: u16) -> Self {
         let memory = Memory::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
         let memory = SharedMemory::new(memory).memory();
-        let (info, file) = make(&VhostUserInflight::new(0, 0, 1, SIZE), 1).unwrap();
+        let (info, file) = make(&VhostUserInflight::new(0, 0, 1, SIZE), 1, SIZE).unwrap();
         let region = Region::adopt(&info, file, 1).unwrap();
         let guest = Self {
             memory,
@@ -173,7 +173,7 @@ fn a_region_full_of_lies_costs_requests_and_nothing_else() {
     for seed in 0..300 {
         let mut dice = Dice(seed);
         let mut guest = Guest::new(0);
-        let (info, file) = make(&VhostUserInflight::new(0, 0, 1, SIZE), 1).unwrap();
+        let (info, file) = make(&VhostUserInflight::new(0, 0, 1, SIZE), 1, SIZE).unwrap();
         let mut bytes: Vec<u8> =
             (0..info.mmap_size).map(|_at| u8::try_from(dice.roll(256)).unwrap()).collect();
         bytes[..8].fill(0);
