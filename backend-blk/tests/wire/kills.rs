@@ -206,7 +206,7 @@ fn after_a_stop_nothing_is_marked_in_flight_and_the_base_says_it_all() {
         assert_eq!(write(&mut driver, 0, sector, &pattern(sector, 512)), OK);
     }
     let region = driver.inflight_region();
-    assert_eq!(region[8..12], [1, 0, 64, 0], "version and entries");
+    assert_eq!(region[8..12], [1, 0, 0, 4], "version, and entries for the largest ring");
     assert_eq!(region[14..16], [10, 0], "the used index");
     assert_eq!(driver.stop_queue(0), 10);
     let region = driver.inflight_region();
