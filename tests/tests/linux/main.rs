@@ -5,5 +5,6 @@ mod devices;
 mod ending;
 mod failure;
 mod image;
+mod jail;
 mod lifecycle;
 mod machine;
