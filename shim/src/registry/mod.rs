@@ -166,11 +166,16 @@ impl Registry {
     /// Takes down what dead supervisors of other sandboxes left. Those that have a log keep their
     /// folder, and their name, until they are removed.
     fn sweep(&self, except: &SandboxName) -> Result<(), RegistryError> {
-        for mut record in self.list()? {
-            if record.name == *except || Life::of(&record) != Life::Dead {
+        for listed in self.list()? {
+            if listed.name == *except || Life::of(&listed) != Life::Dead {
                 continue;
             }
-            let files = SandboxFiles::new(self.folder(&record.name));
+            let files = SandboxFiles::new(self.folder(&listed.name));
+            // It may have ended in order since it was listed, and be gone or say so.
+            let Some(mut record) = Record::read(files.folder())? else { continue };
+            if Life::of(&record) != Life::Dead {
+                continue;
+            }
             if files.output().exists() {
                 self.take_down(&record)?;
                 (record.network, record.cgroup) = (None, None);
@@ -269,7 +274,11 @@ impl Registry {
         if let Some(record) = Record::read(&folder)? {
             self.take_down(&record)?;
         }
-        fs::remove_dir_all(&folder).map_err(|source| RegistryError::Folder { path: folder, source })
+        match fs::remove_dir_all(&folder) {
+            // Its own supervisor removed it first.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed.map_err(|source| RegistryError::Folder { path: folder, source }),
+        }
     }
 
     /// Ends and removes all that a record names but the folder. The lock is held.

@@ -90,13 +90,18 @@ impl Registration {
             let users = self.registry.forwarding_users(&self.record.name);
             users.map(|users| (lock, users))
         });
-        match users {
-            Ok((_lock, users)) => network::remove(&network, users),
+        // Held until the record says so: the next to end must not count this one any more.
+        let _lock = match users {
+            Ok((lock, users)) => {
+                network::remove(&network, users);
+                Some(lock)
+            }
             Err(error) => {
                 log::warn!("forwarding stays as it is: {error}");
                 network::remove(&network, usize::MAX);
+                None
             }
-        }
+        };
         if let Err(error) = self.write() {
             log::warn!("{error}");
         }
