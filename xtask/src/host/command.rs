@@ -110,7 +110,7 @@ impl HostArguments {
         let mut spec = job(&self.argv, &self.binds)?;
         spec.env.extend(env);
         let terminal = isatty(rustix::stdio::stdin()) && isatty(rustix::stdio::stdout());
-        let ending = emulated.session()?.run(spec, terminal)?;
+        let ending = emulated.session()?.run(spec, terminal, true)?;
         Ok(ExitCode::from(ending.code()))
     }
 }

@@ -158,11 +158,12 @@ impl Session {
     }
 
     /// Runs the job with our standard streams, passes signals on, and returns how it ended. With
-    /// `terminal`, the job gets a terminal of the size of ours, which must be one.
+    /// `terminal`, the job gets a terminal of the size of ours, which must be one. Without `input`
+    /// its standard input is at its end, and ours is not read.
     ///
     /// # Errors
     /// The job cannot be started, or the host is gone.
-    pub fn run(self, mut spec: JobSpec, terminal: bool) -> Result<Ending> {
+    pub fn run(self, mut spec: JobSpec, terminal: bool, input: bool) -> Result<Ending> {
         let raw = if terminal {
             spec.terminal = terminal_size();
             pass_variable("TERM", &mut spec);
@@ -172,9 +173,12 @@ impl Session {
         };
         self.client.pass_signals()?;
         let (mut output, mut error) = (io::stdout().lock(), io::stderr());
-        let input: Option<Box<dyn io::Read + Send>> = Some(Box::new(File::from(
-            rustix::io::dup(rustix::stdio::stdin()).context("no standard input")?,
-        )));
+        let input: Option<Box<dyn io::Read + Send>> = if input {
+            let own = rustix::io::dup(rustix::stdio::stdin()).context("no standard input")?;
+            Some(Box::new(File::from(own)))
+        } else {
+            None
+        };
         let ending = self.finish(spec, Streams { input, output: &mut output, error: &mut error });
         drop(raw);
         ending

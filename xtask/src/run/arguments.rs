@@ -18,6 +18,8 @@ pub(super) struct Mapping {
     pub(super) has_root: bool,
     /// Whether the container wants a terminal.
     pub(super) terminal: bool,
+    /// Whether it wants our standard input.
+    pub(super) interactive: bool,
     /// Whether the sandbox outlives the command.
     pub(super) detached: bool,
 }
@@ -91,12 +93,12 @@ pub(super) fn map_run(
     Ok(mapping)
 }
 
-/// Whether `nacre exec` and its like want a terminal.
-pub(super) fn terminal_wanted(arguments: &[String]) -> bool {
+/// What `nacre exec` and its like want of our streams; the arguments stay as they are.
+pub(super) fn map_other(arguments: Vec<String>) -> Mapping {
     let mut mapping = Mapping::default();
     let options = arguments.iter().skip(1).take_while(|argument| argument.starts_with('-'));
     options.for_each(|option| mapping.flag(option));
-    mapping.terminal
+    Mapping { arguments, ..mapping }
 }
 
 /// Splits an argument that is an option with a value: its name, the value's kind, and the value
@@ -125,6 +127,7 @@ impl Mapping {
         let letters = argument.strip_prefix('-').filter(|letters| !letters.starts_with('-'));
         let has = |letter| letters.is_some_and(|letters| letters.contains(letter));
         self.terminal |= argument == "--tty" || has('t');
+        self.interactive |= argument == "--interactive" || has('i');
         self.detached |= argument == "--detach" || has('d');
     }
 
@@ -214,9 +217,14 @@ mod tests {
     #[test]
     fn exec_wants_a_terminal_only_by_its_own_options() {
         let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
-        assert!(terminal_wanted(&words("exec -it web sh")));
-        assert!(!terminal_wanted(&words("exec web sh -t")));
-        assert!(!terminal_wanted(&words("ps")));
+        let wants = |line| {
+            let mapping = map_other(words(line));
+            (mapping.terminal, mapping.interactive)
+        };
+        assert_eq!(wants("exec -it web sh"), (true, true));
+        assert_eq!(wants("exec --interactive web cat"), (false, true));
+        assert_eq!(wants("exec web sh -t -i"), (false, false));
+        assert_eq!(wants("ps"), (false, false));
     }
 
     #[test]

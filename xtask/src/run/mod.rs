@@ -10,7 +10,7 @@ use crate::host::{Emulated, Host, job};
 use crate::programs::Programs;
 use crate::report::say;
 use anyhow::{Context, Result};
-use arguments::{Mapping, map_run, terminal_wanted};
+use arguments::{Mapping, map_other, map_run};
 use clap::Args;
 use rustix::termios::isatty;
 use std::env;
@@ -116,8 +116,7 @@ fn prepare_other(arguments: Vec<String>) -> Result<(Prepared, Mapping)> {
     if !nacre.exists() {
         Programs::build()?;
     }
-    let terminal = terminal_wanted(&arguments);
-    let mapping = Mapping { arguments, terminal, ..Mapping::default() };
+    let mapping = map_other(arguments);
     Ok((Prepared { nacre: text(&nacre)?, env: Vec::new(), paths: vec![folder] }, mapping))
 }
 
@@ -129,7 +128,9 @@ fn run_emulated(emulated: &Emulated, prepared: Prepared, mapping: Mapping) -> Re
     let mut spec = job(&argv, &[prepared.paths, mapping.paths].concat())?;
     spec.env.extend(prepared.env);
     let terminal = mapping.terminal && isatty(rustix::stdio::stdin());
-    let ending = emulated.session()?.run(spec, terminal)?;
+    // A terminal's keys are input too. Without either, our input is somebody else's.
+    let input = terminal || mapping.interactive;
+    let ending = emulated.session()?.run(spec, terminal, input)?;
     Ok(ExitCode::from(ending.code()))
 }
 
