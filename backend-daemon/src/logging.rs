@@ -6,6 +6,7 @@
 use std::error::Error;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::{LevelFilter, Log, Metadata, Record};
@@ -13,6 +14,17 @@ use log::{LevelFilter, Log, Metadata, Record};
 struct Logger {
     name: &'static str,
     level: LevelFilter,
+    /// For all records together, those of libraries too: the last thing between a guest and the
+    /// host's disk. A lock, because every thread logs.
+    limit: Mutex<Limit>,
+}
+
+impl Logger {
+    /// Whether one more record may be written. Who asks for details gets them all.
+    fn has_room(&self) -> bool {
+        let mut limit = self.limit.lock().unwrap_or_else(PoisonError::into_inner);
+        self.level > LevelFilter::Info || limit.allows_of(TOTAL_BURST)
+    }
 }
 
 impl Log for Logger {
@@ -21,7 +33,7 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record<'_>) {
-        if self.enabled(record.metadata()) {
+        if self.enabled(record.metadata()) && self.has_room() {
             let level = record.level().as_str().to_ascii_lowercase();
             say(&format!("{} {level}: {}", self.name, record.args()));
         }
@@ -32,7 +44,7 @@ impl Log for Logger {
 
 /// Sends the process's log to standard error.
 pub(crate) fn start(name: &'static str, level: LevelFilter) {
-    if log::set_boxed_logger(Box::new(Logger { name, level })).is_ok() {
+    if log::set_boxed_logger(Box::new(Logger { name, level, limit: Mutex::default() })).is_ok() {
         log::set_max_level(level);
     }
 }
@@ -61,6 +73,9 @@ pub fn chain(error: &dyn Error) -> String {
 /// How many records of one kind pass in each [`Limit::WINDOW`].
 const BURST: u32 = 10;
 
+/// How many records pass in each [`Limit::WINDOW`], whatever they are about.
+const TOTAL_BURST: u32 = 100;
+
 /// Lets a few records of one kind pass in each window of time: for what a guest can cause as
 /// often as it likes.
 #[derive(Debug)]
@@ -75,16 +90,19 @@ impl Limit {
 
     /// Whether one more record may be written now.
     pub fn allows(&mut self) -> bool {
-        let now = Instant::now();
-        self.allows_at(now)
+        self.allows_of(BURST)
     }
 
-    fn allows_at(&mut self, now: Instant) -> bool {
+    fn allows_of(&mut self, burst: u32) -> bool {
+        self.allows_at(Instant::now(), burst)
+    }
+
+    fn allows_at(&mut self, now: Instant, burst: u32) -> bool {
         if now.saturating_duration_since(self.window_start) >= Self::WINDOW {
             *self = Self { window_start: now, passed: 0 };
         }
         self.passed = self.passed.saturating_add(1);
-        self.passed <= BURST
+        self.passed <= burst
     }
 }
 
@@ -102,8 +120,8 @@ mod tests {
     fn a_limit_lets_a_burst_pass_and_opens_again_in_the_next_window() {
         let mut limit = Limit::default();
         let start = limit.window_start;
-        assert_eq!((0..50).filter(|_record| limit.allows_at(start)).count(), 10);
-        assert!(limit.allows_at(start + Limit::WINDOW));
+        assert_eq!((0..50).filter(|_record| limit.allows_at(start, BURST)).count(), 10);
+        assert!(limit.allows_at(start + Limit::WINDOW, BURST));
     }
 
     #[test]

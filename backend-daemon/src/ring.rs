@@ -23,6 +23,11 @@ use crate::doorbell::Doorbell;
 use crate::inflight::Log;
 pub use crate::sys::Segment;
 
+/// The most descriptors of one chain. An indirect table may hold 65535, and each costs this
+/// process memory as long as the request is in flight; no driver uses more than these, which is
+/// what QEMU allows too. (The ring's own size is no limit: Linux has longer indirect tables.)
+const MAX_DESCRIPTORS: usize = 1024;
+
 /// The guest's memory as the frontend last told it.
 pub type Memory = GuestMemoryMmap<()>;
 /// A handle on the current memory, exchanged whole when the frontend changes the table.
@@ -161,7 +166,7 @@ impl Ring {
         }
         let descriptors = self.queue.iter(self.memory.clone())?.next();
         let Some(descriptors) = descriptors else { return Ok(None) };
-        let chain = Chain::check(descriptors, self.memory.clone(), self.queue.size())?;
+        let chain = Chain::check(descriptors, self.memory.clone())?;
         if let Some(log) = &mut self.log {
             log.mark(chain.head);
         }
@@ -241,14 +246,14 @@ impl Chain {
     fn check(
         descriptors: DescriptorChain<MemoryGuard>,
         memory: MemoryGuard,
-        size: u16,
     ) -> Result<Self, RingError> {
         let head = descriptors.head_index();
         let (mut readable, mut writable) = (Vec::new(), Vec::new());
         let mut ended = false;
-        let mut count = 0_u32;
-        for descriptor in descriptors.clone() {
-            count += 1;
+        for (count, descriptor) in descriptors.clone().enumerate() {
+            if count == MAX_DESCRIPTORS {
+                return Err(RingError::Endless { head });
+            }
             let part = if descriptor.is_write_only() {
                 &mut writable
             } else if writable.is_empty() {
@@ -259,7 +264,7 @@ impl Chain {
             segments(&memory, descriptor.addr().0, descriptor.len(), part)?;
             ended = !descriptor.has_next();
         }
-        if !ended || count > u32::from(size).max(u32::from(u16::MAX)) {
+        if !ended {
             return Err(RingError::Endless { head });
         }
         Ok(Self { head, readable, writable, descriptors, memory, is_repeated: false })

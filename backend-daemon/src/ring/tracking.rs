@@ -42,7 +42,7 @@ impl Ring {
     pub(super) fn take_left(&mut self) -> Result<Option<Chain>, RingError> {
         let Some(head) = self.log.as_mut().and_then(Log::take_waiting) else { return Ok(None) };
         let descriptors = self.descriptors_at(head)?;
-        let mut chain = Chain::check(descriptors, self.memory.clone(), self.queue.size())?;
+        let mut chain = Chain::check(descriptors, self.memory.clone())?;
         chain.is_repeated = true;
         Ok(Some(chain))
     }
