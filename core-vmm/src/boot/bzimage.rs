@@ -44,13 +44,14 @@ pub(super) fn load(source: &BootSource, ram: &GuestRam) -> Result<Loaded, BootEr
     if header.version < PROTOCOL_2_12 || header.xloadflags & HAS_64_BIT_ENTRY == 0 {
         return Err(old_protocol());
     }
+    // It unpacks itself from where it prefers to be.
+    let unpacked = u64::from(header.kernel_alignment)
+        .max(header.pref_address)
+        .checked_add(u64::from(header.init_size))
+        .ok_or_else(|| source.unknown_kernel())?;
     Ok(Loaded {
         entry: Entry { address: start.0 + ENTRY_OFFSET, is_long_mode: true },
-        // It unpacks itself from where it prefers to be.
-        end: loaded.kernel_end.max(
-            u64::from(header.kernel_alignment).max(header.pref_address)
-                + u64::from(header.init_size),
-        ),
+        end: loaded.kernel_end.max(unpacked),
         initramfs_end: u64::from(header.initrd_addr_max) + 1,
         setup_header: Some(header),
     })

@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::event::epoll;
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -147,7 +147,7 @@ impl VirtioDevice {
         let error = match backend.link_state() {
             Some(LinkState::Closed) => FrontendError::HungUp,
             Some(LinkState::Unasked) => FrontendError::Unasked,
-            Some(LinkState::Quiet) if backend.kept().error_event.read().is_ok() => {
+            Some(LinkState::Quiet) if is_readable(&backend.kept().error_event) => {
                 FrontendError::Ring
             }
             Some(LinkState::Quiet) | None => return,
@@ -218,6 +218,14 @@ impl VirtioDevice {
         self.backend = Some(Backend::Lost(lost.kept));
         self.function.needs_reset();
     }
+}
+
+/// Whether something is in an eventfd that the backend holds too. It is looked at and not read: a
+/// backend may make it blocking at any time, and the control thread must not wait for a backend.
+fn is_readable(event: &EventFd) -> bool {
+    let event = descriptor(event);
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(&event, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready == 1)
 }
 
 impl Backend {
