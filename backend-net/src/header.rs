@@ -104,10 +104,7 @@ impl Header {
         len_bytes: u64,
         features: Features,
     ) -> Result<Self, HeaderError> {
-        if !(MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&len_bytes) {
-            return Err(HeaderError::FrameLength { len_bytes });
-        }
-        let mut header = Self::parse(bytes);
+        let mut header = Self::of_frame(bytes, len_bytes)?;
         // A device ignores flags that it does not know (virtio 1.3, section 5.1.6.2.2).
         header.flags &= NEEDS_CSUM;
         if header.flags == 0 {
@@ -134,10 +131,7 @@ impl Header {
         len_bytes: u64,
         features: Features,
     ) -> Result<Self, HeaderError> {
-        if !(MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&len_bytes) {
-            return Err(HeaderError::FrameLength { len_bytes });
-        }
-        let mut header = Self::parse(bytes);
+        let mut header = Self::of_frame(bytes, len_bytes)?;
         if !features.has(VIRTIO_NET_F_GUEST_CSUM) {
             // Without GUEST_CSUM the flags are zero (virtio 1.3, section 5.1.6.4.1).
             if header.flags & NEEDS_CSUM != 0 {
@@ -164,6 +158,14 @@ impl Header {
         bytes[8..10].copy_from_slice(&self.csum_offset.to_le_bytes());
         bytes[10..12].copy_from_slice(&buffers.to_le_bytes());
         bytes
+    }
+
+    /// The header of a frame that is not too short or too long.
+    fn of_frame(bytes: [u8; HEADER_BYTES], len_bytes: u64) -> Result<Self, HeaderError> {
+        if !(MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&len_bytes) {
+            return Err(HeaderError::FrameLength { len_bytes });
+        }
+        Ok(Self::parse(bytes))
     }
 
     fn parse(bytes: [u8; HEADER_BYTES]) -> Self {
