@@ -175,18 +175,27 @@ pub fn child_of(parent: u32, name: &str) -> Result<Option<Pid>> {
     Ok(None)
 }
 
+/// The child of process `parent` that is called `name`, once it is there.
+///
+/// # Errors
+///
+/// Fails if there is no such child in time.
+pub fn await_child_of(parent: u32, name: &str) -> Result<Pid> {
+    let mut child = None;
+    until(name, || {
+        child = child_of(parent, name)?;
+        Ok(child.is_some())
+    })?;
+    child.context("a child")
+}
+
 /// SIGKILL to the child of process `parent` that is called `name`, once it is there.
 ///
 /// # Errors
 ///
 /// Fails if there is no such child in time.
 pub fn kill_child_of(parent: u32, name: &str) -> Result<()> {
-    let mut child = None;
-    until(name, || {
-        child = child_of(parent, name)?;
-        Ok(child.is_some())
-    })?;
-    kill_process(child.context("a child")?, Signal::KILL)?;
+    kill_process(await_child_of(parent, name)?, Signal::KILL)?;
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use nacre_proto::exit::RunExit;
 use nacre_tests::leftovers::Leftovers;
 use nacre_tests::nacre::{Attached, User, finish};
-use nacre_tests::process::{Process, Signal, child_of, kill_child_of, until};
+use nacre_tests::process::{Process, Signal, await_child_of, kill_child_of, until};
 
 #[test]
 fn signals_reach_the_container_and_a_second_interrupt_ends_it() -> Result<()> {
@@ -81,7 +81,7 @@ fn what_a_killed_supervisor_leaves_is_cleaned_up_by_rm_and_by_the_next_of_its_na
         let mut command = user.run_command(&options, &["sleep", "1000"])?;
         let mut run = Attached::start(&mut command)?;
         let id = run.process().id();
-        until("the VMM's process", || Ok(child_of(id, "nacre-vmm")?.is_some()))?;
+        await_child_of(id, "nacre-vmm")?;
         run.process().signal(Signal::KILL)?;
         ensure!(run.wait()?.code.is_none(), "not killed");
         until("no process is left", || Ok(!any_backend()?))?;

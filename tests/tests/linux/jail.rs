@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use nacre_tests::nacre::{Attached, User};
-use nacre_tests::process::{child_of, until};
+use nacre_tests::process::await_child_of;
 
 /// The capabilities that act on files, which nacre-fs keeps: CHOWN, DAC_OVERRIDE, FOWNER, FSETID,
 /// SETGID, SETUID, MKNOD, SETFCAP.
@@ -23,12 +23,7 @@ fn every_process_of_a_sandbox_is_jailed_in_all_its_threads() -> Result<()> {
     run.until("up")?;
     let supervisor = run.process().id();
     for name in ["nacre-vmm", "nacre-fs", "nacre-vsock", "nacre-blk", "nacre-net"] {
-        let mut found = None;
-        until(name, || {
-            found = child_of(supervisor, name)?;
-            Ok(found.is_some())
-        })?;
-        let pid = found.context(name)?.as_raw_nonzero();
+        let pid = await_child_of(supervisor, name)?.as_raw_nonzero();
         let threads = fs::read_dir(format!("/proc/{pid}/task"))?;
         for thread in threads {
             check(&thread?.path(), name).with_context(|| name.to_owned())?;
