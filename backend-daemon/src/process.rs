@@ -3,6 +3,7 @@
 //! Nothing here knows virtqueues or vhost-user messages.
 
 mod args;
+mod estate;
 mod jail;
 mod seccomp;
 mod signals;
@@ -19,6 +20,7 @@ use std::process::ExitCode;
 use nacre_proto::exit::BackendExit;
 
 pub use self::args::DaemonArgs;
+pub use self::estate::{Estate, EstateError, State, Store};
 use self::jail::{Jail, JailError};
 use self::signals::Signals;
 use self::socket::{Socket, SocketError};
@@ -49,6 +51,9 @@ pub enum BuildError {
     /// What the device stands for can't be had: [`BackendExit::Resource`].
     #[error(transparent)]
     Resource(Box<dyn Error + Send + Sync>),
+    /// What a predecessor left can't be read: [`BackendExit::State`].
+    #[error(transparent)]
+    State(Box<dyn Error + Send + Sync>),
 }
 
 impl BuildError {
@@ -57,12 +62,18 @@ impl BuildError {
         Self::Resource(Box::new(error))
     }
 
+    /// An error about what a predecessor left, with its sources.
+    pub fn state(error: impl Error + Send + Sync + 'static) -> Self {
+        Self::State(Box::new(error))
+    }
+
     /// How the process ends for it.
     #[must_use]
     pub fn exit(&self) -> BackendExit {
         match self {
             Self::Usage(_) => BackendExit::Usage,
             Self::Resource(_) => BackendExit::Resource,
+            Self::State(_) => BackendExit::State,
         }
     }
 }

@@ -19,6 +19,9 @@ pub enum Refusal {
     /// The VM is coming to its end.
     #[error("the VM is ending")]
     Ending,
+    /// The VM has no such device.
+    #[error("there is no such device")]
+    NoDevice,
 }
 
 /// What `command` does to a VM in `state`.
@@ -26,12 +29,13 @@ pub enum Refusal {
 /// # Errors
 ///
 /// Fails if the command makes no sense in that state.
-pub fn decide(state: State, command: Command) -> Result<Action, Refusal> {
+pub fn decide(state: State, command: &Command) -> Result<Action, Refusal> {
     match (state, command) {
         (State::Running | State::Ending, Command::Status) => Ok(Action::Report),
         (State::Running | State::Ending, Command::Stop) => Ok(Action::Stop),
         (State::Running, Command::PowerButton) => Ok(Action::PressPowerButton),
         (State::Ending, Command::PowerButton) => Err(Refusal::Ending),
+        (_, Command::Reconnect { .. } | Command::Quiesce { .. }) => Err(Refusal::NoDevice),
     }
 }
 
@@ -49,7 +53,7 @@ mod tests {
             (State::Ending, Command::Stop, Ok(Action::Stop)),
             (State::Ending, Command::PowerButton, Err(Refusal::Ending)),
         ] {
-            assert_eq!(decide(state, command), expected, "{state:?} {command:?}");
+            assert_eq!(decide(state, &command), expected, "{state:?} {command:?}");
         }
     }
 }

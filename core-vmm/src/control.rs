@@ -17,7 +17,7 @@ use std::{
 
 use nacre_proto::{
     exit::VmmExit,
-    vmm::{self, MessageError, Outcome, Reply, Request, State, Status, Timing},
+    vmm::{self, MessageError, Outcome, Reply, Request, State, Status, Timing, Told},
 };
 use rustix::{
     io::Errno,
@@ -193,7 +193,7 @@ impl Control {
                 return Some(VmmExit::Stopped);
             }
         };
-        let sent = vmm::encode(&reply).map_err(io::Error::other).and_then(|bytes| {
+        let sent = vmm::encode(&Told::Reply(reply)).map_err(io::Error::other).and_then(|bytes| {
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             Ok(send(supervisor, &bytes, flags)?)
         });
@@ -208,7 +208,7 @@ impl Control {
             Ok(request) => request,
             Err(error) => return refuse(&error),
         };
-        let (outcome, exit) = match command::decide(State::Running, request.command) {
+        let (outcome, exit) = match command::decide(State::Running, &request.command) {
             Ok(Action::Report) => (Outcome::Status(self.status()), None),
             Ok(Action::Stop) => (Outcome::Done, Some(VmmExit::Stopped)),
             Ok(Action::PressPowerButton) => match self.vm.parts.events.raise(Event::PowerButton) {
@@ -229,6 +229,7 @@ impl Control {
             resets: self.vm.resets(),
             timing: self.timing,
             exits: exit::sum(self.vm.vcpus().exit_counts()),
+            devices: Vec::new(),
         }
     }
 

@@ -24,7 +24,7 @@ use std::{
 use core_vmm::memory::layout;
 use nacre_proto::{
     exit::VmmExit,
-    vmm::{self, Command as Ask, Outcome, Reply, Request, State},
+    vmm::{self, Command as Ask, Outcome, Reply, Request, State, Told},
 };
 use rustix::{
     io::{FdFlags, fcntl_setfd},
@@ -75,7 +75,8 @@ impl Supervisor {
     fn reply(&self) -> Reply {
         let mut buffer = vec![0; vmm::MAX_BYTES];
         let (len, _) = recv(&self.0, &mut buffer[..], RecvFlags::empty()).unwrap();
-        vmm::decode(&buffer[..len]).unwrap()
+        let Told::Reply(reply) = vmm::decode(&buffer[..len]).unwrap() else { panic!("unasked") };
+        reply
     }
 
     fn ask(&self, id: u64, command: Ask) -> Outcome {

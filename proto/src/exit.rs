@@ -44,6 +44,9 @@ pub enum BackendExit {
     Jail = 4,
     /// A worker thread ended; the queues it served are stuck, so the process ends too.
     WorkerDied = 5,
+    /// A predecessor's state (`--state-fd`, `--store-fd`) is of a version that this program can't
+    /// read, or malformed. Nothing in it was changed: the predecessor's program can take it up.
+    State = 6,
 }
 
 /// Exit codes of `nacre run` that are not the container's own.

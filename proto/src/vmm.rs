@@ -1,8 +1,9 @@
 //! The VMM's control socket: one JSON document in one `SOCK_SEQPACKET` datagram, either way.
 //!
 //! The supervisor sends requests, each with an id of its choice, and the VMM answers each with the
-//! same id. The VMM sends nothing unasked: how a VM ended is its exit code, `exit::VmmExit`. The
-//! supervisor's end of the socket being closed ends the VM.
+//! same id. Unasked it sends [`Event`]s; how a VM ended is its exit code, `exit::VmmExit`. The
+//! supervisor's end of the socket being closed ends the VM. A request that needs a descriptor has
+//! exactly one beside it (`SCM_RIGHTS`); no other datagram has any.
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -20,7 +21,7 @@ pub struct Request {
 }
 
 /// What a supervisor may ask for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Command {
     /// How the VM is; answered by [`Outcome::Status`].
@@ -29,6 +30,45 @@ pub enum Command {
     Stop,
     /// Press the guest's power button; what the guest does then is its own affair.
     PowerButton,
+    /// Give this device a new backend in place of one that is lost or quiesced. Beside the request
+    /// comes the new backend's socket. [`Outcome::Done`] once the backend has been told everything
+    /// that its predecessor knew and serves the rings; refused, the device is as it was and the
+    /// socket closed.
+    Reconnect {
+        /// The device's id.
+        device: String,
+    },
+    /// Have the device's backend end what is in flight, keep where it stopped, and hang up.
+    /// [`Outcome::Done`] once the connection is closed; the guest's requests then wait for
+    /// [`Command::Reconnect`].
+    Quiesce {
+        /// The device's id.
+        device: String,
+    },
+}
+
+/// Something that the supervisor did not ask for, but has to know.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Event {
+    /// A device's backend hung up, hung or broke the protocol, and is cut off. The device waits for
+    /// [`Command::Reconnect`].
+    DeviceLost {
+        /// The device's id.
+        device: String,
+        /// What was wrong, for a log.
+        reason: String,
+    },
+}
+
+/// Any datagram of the VMM's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Told {
+    /// To a request.
+    Reply(Reply),
+    /// Unasked.
+    Event(Event),
 }
 
 /// From the VMM.
@@ -69,6 +109,36 @@ pub struct Status {
     pub timing: Timing,
     /// Exits to user space since the start, all vCPUs together.
     pub exits: Exits,
+    /// The virtio devices, in the order of the command line.
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// How one device is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceStatus {
+    /// Its id.
+    pub id: String,
+    /// Its frontend's state.
+    pub state: DeviceState,
+    /// How many backends came in the place of the first one.
+    pub reconnects: u64,
+}
+
+/// A frontend's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceState {
+    /// There is a backend, and no driver yet (or any more).
+    Idle,
+    /// The backend serves the driver's rings.
+    Active,
+    /// There is no backend; the driver's requests wait for one.
+    Lost,
+    /// The backend was asked away; the driver's requests wait for another one.
+    Quiesced,
+    /// The driver has to reset the device before it is of any use.
+    NeedsReset,
 }
 
 /// What the vCPUs do.
@@ -155,6 +225,14 @@ mod tests {
             (Command::Status, &br#"{"id":7,"command":"status"}"#[..]),
             (Command::Stop, br#"{"id":7,"command":"stop"}"#),
             (Command::PowerButton, br#"{"id":7,"command":"power-button"}"#),
+            (
+                Command::Reconnect { device: "root".to_owned() },
+                br#"{"id":7,"command":{"reconnect":{"device":"root"}}}"#,
+            ),
+            (
+                Command::Quiesce { device: "root".to_owned() },
+                br#"{"id":7,"command":{"quiesce":{"device":"root"}}}"#,
+            ),
         ] {
             let request = Request { id: 7, command };
             assert_eq!(encode(&request).unwrap(), text);
@@ -171,11 +249,26 @@ mod tests {
             resets: 1,
             timing: Timing { started_ns: 1, first_run_ns: 2 },
             exits: Exits { pio_reads: 3, ..Exits::default() },
+            devices: vec![DeviceStatus {
+                id: "root".to_owned(),
+                state: DeviceState::Lost,
+                reconnects: 2,
+            }],
         };
-        let reply = Reply { id: 1, outcome: Outcome::Status(status) };
-        assert_eq!(decode::<Reply>(&encode(&reply).unwrap()).unwrap(), reply);
-        let refused = Reply { id: 2, outcome: Outcome::Refused("no".to_owned()) };
-        assert_eq!(encode(&refused).unwrap(), br#"{"id":2,"outcome":{"refused":"no"}}"#);
+        let reply = Told::Reply(Reply { id: 1, outcome: Outcome::Status(status) });
+        assert_eq!(decode::<Told>(&encode(&reply).unwrap()).unwrap(), reply);
+        let refused = Told::Reply(Reply { id: 2, outcome: Outcome::Refused("no".to_owned()) });
+        let text = &br#"{"reply":{"id":2,"outcome":{"refused":"no"}}}"#[..];
+        assert_eq!(encode(&refused).unwrap(), text);
+    }
+
+    #[test]
+    fn an_event_has_the_documented_bytes() {
+        let (device, reason) = ("root".to_owned(), "hung up".to_owned());
+        let event = Told::Event(Event::DeviceLost { device, reason });
+        let text = &br#"{"event":{"device-lost":{"device":"root","reason":"hung up"}}}"#[..];
+        assert_eq!(encode(&event).unwrap(), text);
+        assert_eq!(decode::<Told>(text).unwrap(), event);
     }
 
     #[test]
@@ -198,7 +291,7 @@ mod tests {
         #[test]
         fn any_datagram_is_decoded_or_refused_without_panic(bytes: Vec<u8>) {
             decode::<Request>(&bytes).ok();
-            decode::<Reply>(&bytes).ok();
+            decode::<Told>(&bytes).ok();
         }
     }
 }

@@ -10,7 +10,7 @@ use std::{
 
 use nacre_proto::{
     exit::VmmExit,
-    vmm::{self, Command, MessageError, Outcome, Reply, Request, Status},
+    vmm::{self, Command, MessageError, Outcome, Request, Status, Told},
 };
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
@@ -207,8 +207,9 @@ impl Vmm {
             if len == 0 {
                 return Err(VmmError::Control(io::ErrorKind::UnexpectedEof.into()));
             }
-            let reply: Reply = vmm::decode(&buffer[..len])?;
-            if reply.id == REQUEST_ID {
+            if let Told::Reply(reply) = vmm::decode(&buffer[..len])?
+                && reply.id == REQUEST_ID
+            {
                 return Ok(reply.outcome);
             }
         }

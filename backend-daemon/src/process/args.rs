@@ -30,6 +30,12 @@ pub struct DaemonArgs {
     /// Write "ready" to this inherited descriptor once frontends are served, then close it
     #[arg(long, value_name = "N")]
     pub ready_fd: Option<RawFd>,
+    /// Keep what a successor must know in this inherited, sealed memory file
+    #[arg(long, value_name = "N", requires = "store_fd")]
+    pub state_fd: Option<RawFd>,
+    /// Leave descriptors for a successor to the supervisor at this inherited socket
+    #[arg(long, value_name = "N", requires = "state_fd")]
+    pub store_fd: Option<RawFd>,
     /// How much to log to standard error: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log_level: LevelFilter,
