@@ -18,6 +18,7 @@ pub mod shell_image;
 mod sys;
 pub mod test;
 mod test_bare;
+mod test_command;
 mod test_linux;
 pub mod tidy;
 pub mod tool;

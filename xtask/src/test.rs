@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::packages::machine;
 use crate::report::{result, say};
-use crate::{test_bare, test_linux};
+use crate::{test_bare, test_command, test_linux};
 
 /// A layer of tests, by what it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -21,6 +21,8 @@ pub enum Layer {
     Unit,
     /// The VMM and real backends with a guest that has no kernel: any /dev/kvm.
     Bare,
+    /// `cargo xtask run` as a user types it: full KVM, or the emulated host.
+    Command,
     /// Real Linux guests: full KVM, or the emulated host.
     Linux,
     /// Our backends under QEMU, and our VMM with others' backends.
@@ -106,6 +108,7 @@ fn run_layer(root: &Path, layer: Layer, only: &[String], tally: &mut Tally) -> R
             count_tests(&mut tests, tally)
         }
         Layer::Bare => test_bare::run(root, only, tally),
+        Layer::Command => test_command::run(root, only, tally),
         Layer::Linux => test_linux::run(root, only, tally),
         Layer::Interop => test_linux::interop(root, only, tally),
     }

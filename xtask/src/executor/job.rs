@@ -43,10 +43,18 @@ pub(super) struct Job {
     terminal: Option<OwnedFd>,
     /// Where input goes; none after its end.
     input: Mutex<Option<Sender<Vec<u8>>>>,
-    output_window: Window,
-    error_window: Window,
+    output: Outlet,
+    error: Outlet,
     /// Readable from the moment on which the process has ended.
     ended: OwnedFd,
+}
+
+/// What concerns one output stream.
+#[derive(Debug)]
+struct Outlet {
+    window: Window,
+    /// Readable from the moment on which nobody wants the stream any more.
+    closed: OwnedFd,
 }
 
 /// The ends of the job's streams that stay with us.
@@ -65,9 +73,9 @@ pub(super) fn start(number: u32, spec: &JobSpec, port: Arc<Port>, jobs: Jobs) ->
         leader,
         terminal: ends.terminal,
         input: Mutex::new(Some(sender)),
-        output_window: Window::new(),
-        error_window: Window::new(),
-        ended: eventfd(0, EventfdFlags::CLOEXEC).context("cannot make an event")?,
+        output: Outlet::new()?,
+        error: Outlet::new()?,
+        ended: event()?,
     });
     jobs.lock().unwrap_or_else(PoisonError::into_inner).insert(number, Arc::clone(&job));
     let (input_port, is_terminal) = (Arc::clone(&port), job.terminal.is_some());
@@ -98,8 +106,12 @@ impl Job {
             Frame::InputEnd => {
                 self.input.lock().unwrap_or_else(PoisonError::into_inner).take();
             }
-            Frame::Credit(Stream::Output, bytes) => self.output_window.give(bytes),
-            Frame::Credit(Stream::Error, bytes) => self.error_window.give(bytes),
+            Frame::Credit(Stream::Output, bytes) => self.output.window.give(bytes),
+            Frame::Credit(Stream::Error, bytes) => self.error.window.give(bytes),
+            // Its other end is its input as well: nothing less than its end closes it.
+            Frame::OutputClosed(_) if self.terminal.is_some() => self.hang_up(),
+            Frame::OutputClosed(Stream::Error) => self.error.close(),
+            Frame::OutputClosed(Stream::Output) => self.output.close(),
             Frame::Resize(size) => {
                 if let Some(terminal) = &self.terminal {
                     // The terminal may be gone by now; the job's end says so.
@@ -109,12 +121,13 @@ impl Job {
             Frame::Signal { number, group } => self.signal(Signal::from_named_raw(number), group),
             Frame::Hangup => self.hang_up(),
             Frame::Hello { .. }
-            | Frame::Heartbeat
+            | Frame::Heartbeat { .. }
             | Frame::Stop
             | Frame::Start(_)
             | Frame::Refused(_)
             | Frame::Bytes(..)
             | Frame::Credit(Stream::Input, _)
+            | Frame::OutputClosed(Stream::Input)
             | Frame::Exited(_) => {}
         }
     }
@@ -128,8 +141,8 @@ impl Job {
 
     /// Nobody listens any more: ends the job, by force if it does not end itself.
     fn hang_up(&self) {
-        self.output_window.close();
-        self.error_window.close();
+        self.output.close();
+        self.error.close();
         self.input.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.signal(Some(Signal::TERM), false);
         let Ok(ended) = self.ended.try_clone() else { return };
@@ -141,12 +154,13 @@ impl Job {
         });
     }
 
-    /// Carries one output stream until its end, or until nothing is left after the job's.
+    /// Carries one output stream until its end, until nobody wants it any more, or until nothing
+    /// is left after the job's end. Closes it then: whoever still writes finds a broken pipe.
     fn carry(&self, number: u32, stream: Stream, mut file: File, port: &Port) {
-        let window = if stream == Stream::Error { &self.error_window } else { &self.output_window };
+        let outlet = if stream == Stream::Error { &self.error } else { &self.output };
         let mut buffer = vec![0; CHUNK_BYTES];
-        while let Some(allowed) = window.take() {
-            if !self.wait_readable(&file) {
+        while let Some(allowed) = outlet.window.take() {
+            if !self.wait_readable(&file, outlet) {
                 return;
             }
             // A terminal's end is an error (EIO).
@@ -155,7 +169,7 @@ impl Job {
             if read == 0 {
                 return;
             }
-            window.give(unused);
+            outlet.window.give(unused);
             let bytes = Frame::Bytes(stream, buffer[..read].to_vec());
             if port.send(number, &bytes).is_err() {
                 return;
@@ -163,14 +177,17 @@ impl Job {
         }
     }
 
-    /// Waits for something to read; false when the job has ended and left nothing.
-    fn wait_readable(&self, file: &File) -> bool {
-        let mut both = [PollFd::new(file, PollFlags::IN), PollFd::new(&self.ended, PollFlags::IN)];
+    /// Waits for something to read; false when the job has ended and left nothing, and when
+    /// nobody wants it.
+    fn wait_readable(&self, file: &File, outlet: &Outlet) -> bool {
+        let mut all = [file.as_fd(), self.ended.as_fd(), outlet.closed.as_fd()]
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         loop {
-            match poll(&mut both, None) {
-                Ok(_) if !both[0].revents().is_empty() => return true,
+            match poll(&mut all, None) {
+                Ok(_) if !all[2].revents().is_empty() => return false,
+                Ok(_) if !all[0].revents().is_empty() => return true,
                 // What the job wrote just before its end came after the first look at the stream.
-                Ok(_) if !both[1].revents().is_empty() => {
+                Ok(_) if !all[1].revents().is_empty() => {
                     let mut again = [PollFd::new(file, PollFlags::IN)];
                     return poll(&mut again, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(1);
                 }
@@ -179,6 +196,22 @@ impl Job {
             }
         }
     }
+}
+
+impl Outlet {
+    fn new() -> Result<Self> {
+        Ok(Self { window: Window::new(), closed: event()? })
+    }
+
+    fn close(&self) {
+        self.window.close();
+        // Fails only for a counter at its end, which is readable as well.
+        rustix::io::write(&self.closed, &1u64.to_ne_bytes()).ok();
+    }
+}
+
+fn event() -> Result<OwnedFd> {
+    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("cannot make an event")
 }
 
 fn spawn(spec: &JobSpec) -> Result<(Child, Ends)> {

@@ -62,7 +62,7 @@ fn serve() -> Result<()> {
     port.send(NO_JOB, &Frame::Hello { boot_ms: uptime_ms()? })?;
     let beating = Arc::clone(&port);
     thread::spawn(move || {
-        while beating.send(NO_JOB, &Frame::Heartbeat).is_ok() {
+        while beating.send(NO_JOB, &Frame::Heartbeat { busy: is_busy() }).is_ok() {
             thread::sleep(HEARTBEAT);
         }
     });
@@ -91,6 +91,18 @@ fn serve() -> Result<()> {
             }
         }
     }
+}
+
+/// Whether there is any process beyond this program's two and the kernel's own: a job's, or one
+/// that a job left behind, such as a detached sandbox. The kernel's, and what has ended, have no
+/// command line.
+fn is_busy() -> bool {
+    let own = getpid().as_raw_nonzero().get();
+    fs::read_dir("/proc").into_iter().flatten().flatten().any(|entry| {
+        let number = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok());
+        number.is_some_and(|number| number > 1 && number != own)
+            && fs::read(entry.path().join("cmdline")).is_ok_and(|line| !line.is_empty())
+    })
 }
 
 fn uptime_ms() -> Result<u32> {

@@ -9,7 +9,7 @@ use rustix::stdio;
 use rustix::termios::tcgetwinsize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -85,12 +85,15 @@ impl Client {
             }
             None => send(&self.writer, &Frame::InputEnd)?,
         }
-        let (mut output, mut error) = (Sink::new(streams.output), Sink::new(streams.error));
+        let mut output = Sink::new(Stream::Output, streams.output);
+        let mut error = Sink::new(Stream::Error, streams.error);
         loop {
             match read_frame(&mut self.reader).context("the emulated host is gone")?.1 {
                 Frame::Bytes(stream, bytes) => {
                     let to = if stream == Stream::Error { &mut error } else { &mut output };
-                    to.write(&bytes);
+                    if let Some(closed) = to.write(&bytes) {
+                        send(&self.writer, &closed)?;
+                    }
                     let credit = u32::try_from(bytes.len()).unwrap_or(0);
                     send(&self.writer, &Frame::Credit(stream, credit))?;
                 }
@@ -117,20 +120,27 @@ pub(super) fn terminal_size() -> Option<TerminalSize> {
     Some(TerminalSize { rows: size.ws_row, columns: size.ws_col })
 }
 
-/// Somewhere to write to; after a first failure (a closed pipe) the rest is thrown away, so that
-/// the job still ends as it would.
+/// Somewhere to write to; after a first failure the rest is thrown away. Only of a pipe without a
+/// reader does the job hear: of a full disk, say, it is told nothing when it runs here either.
 struct Sink<'a> {
+    stream: Stream,
     to: &'a mut dyn Write,
     open: bool,
 }
 
 impl<'a> Sink<'a> {
-    fn new(to: &'a mut dyn Write) -> Self {
-        Self { to, open: true }
+    fn new(stream: Stream, to: &'a mut dyn Write) -> Self {
+        Self { stream, to, open: true }
     }
 
-    fn write(&mut self, bytes: &[u8]) {
-        self.open = self.open && self.to.write_all(bytes).and_then(|()| self.to.flush()).is_ok();
+    /// Writes, and answers with what the job has to be told.
+    fn write(&mut self, bytes: &[u8]) -> Option<Frame> {
+        if !self.open {
+            return None;
+        }
+        let error = self.to.write_all(bytes).and_then(|()| self.to.flush()).err()?;
+        self.open = false;
+        (error.kind() == ErrorKind::BrokenPipe).then_some(Frame::OutputClosed(self.stream))
     }
 }
 

@@ -13,9 +13,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 /// The hidden task that owns an emulated host.
 pub const SERVE_TASK: &str = "host-serve";
+
+const IDLE_MAX_S: u64 = 30 * 60;
+/// How long a kept host may be idle, unless something else is asked for.
+pub const IDLE_MAX: Duration = Duration::from_secs(IDLE_MAX_S);
 
 /// Arguments of `cargo xtask host`.
 #[derive(Debug, Args)]
@@ -29,7 +34,9 @@ Examples:
 The clone, the current folder and absolute paths among the arguments are at the same place in the
 emulated host; everything else of this machine is beneath /host there. Output, exit code (128+n
 for signal n), terminal and signals pass through. NACRE_HOST=direct or emulated overrides the
-probe of /dev/kvm; NACRE_CACHE moves the cache folder.")]
+probe of /dev/kvm; NACRE_CACHE moves the cache folder. A host that is kept up ends after half an hour
+in which nothing ran in it, a detached sandbox included. NACRE_HOST_NAME names a kept host of one's
+own: commands with that variable use it, and no others do.")]
 pub struct HostArguments {
     #[command(subcommand)]
     action: Option<Action>,
@@ -50,7 +57,11 @@ pub struct HostArguments {
 #[derive(Debug, Clone, Copy, Subcommand)]
 enum Action {
     /// Boot the emulated host and leave it up
-    Up,
+    Up {
+        /// Take it down when nothing has run in it for so long
+        #[arg(long, value_name = "SECONDS", default_value_t = IDLE_MAX_S)]
+        idle: u64,
+    },
     /// Take it down
     Down,
     /// Say what the probe found
@@ -64,6 +75,8 @@ pub struct ServeArguments {
     client: Option<i32>,
     #[arg(long)]
     listener: Option<i32>,
+    #[arg(long, default_value_t = IDLE_MAX_S)]
+    idle: u64,
     #[arg(long)]
     log: PathBuf,
 }
@@ -76,8 +89,9 @@ impl HostArguments {
     pub fn run(self) -> Result<ExitCode> {
         let cache = Cache::open()?;
         match self.action {
-            Some(Action::Up) => {
-                let boot_ms = Emulated::prepare(&cache)?.up()?;
+            Some(Action::Up { idle }) => {
+                let idle_max = Duration::from_secs(idle);
+                let boot_ms = Emulated::prepare(&cache)?.up(idle_max)?;
                 say(&format!("the emulated host is up (booted in {boot_ms} ms)"));
             }
             Some(Action::Down) => {
@@ -105,7 +119,7 @@ impl HostArguments {
             return Err(error).with_context(|| format!("cannot run {program}"));
         };
         if self.keep {
-            emulated.up()?;
+            emulated.up(IDLE_MAX)?;
         }
         let mut spec = job(&self.argv, &self.binds)?;
         spec.env.extend(env);
@@ -125,7 +139,10 @@ impl ServeArguments {
         let parts = Parts::prepare(&cache)?;
         let clients = match (self.client, self.listener) {
             (Some(number), None) => Clients::One(inherited(number)?.into()),
-            (None, Some(number)) => Clients::Many(inherited(number)?.into()),
+            (None, Some(number)) => Clients::Many {
+                listener: inherited(number)?.into(),
+                idle_max: Duration::from_secs(self.idle),
+            },
             _ => bail!("either a client or a listener"),
         };
         serve(&parts, clients, &self.log)?;

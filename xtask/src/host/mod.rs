@@ -22,7 +22,7 @@ pub mod server;
 mod session;
 pub(crate) mod window;
 
-pub use session::{Captured, Emulated, Session, job};
+pub use session::{Captured, Emulated, NAME_VARIABLE, Session, job};
 
 use crate::cache::Cache;
 use anyhow::{Result, bail};

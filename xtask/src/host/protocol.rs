@@ -10,7 +10,7 @@ use std::io::{Read, Write};
 use std::path::PathBuf;
 
 /// To be counted up when a frame changes; hosts of different versions live side by side.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// How many bytes of one stream may be under way at first.
 pub const WINDOW_BYTES: u32 = 256 * 1024;
@@ -87,7 +87,10 @@ pub enum Frame {
         boot_ms: u32,
     },
     /// The host still lives.
-    Heartbeat,
+    Heartbeat {
+        /// Whether anything runs in it, of a job or left behind by one.
+        busy: bool,
+    },
     /// Write everything back and stop. Answered by the same.
     Stop,
     /// Start a job.
@@ -100,6 +103,8 @@ pub enum Frame {
     InputEnd,
     /// So many more bytes of the stream may be sent.
     Credit(Stream, u32),
+    /// Nobody reads this output stream any more: the job shall find it broken.
+    OutputClosed(Stream),
     /// The terminal has another size now.
     Resize(TerminalSize),
     /// A signal, for the job's first process or its whole process group.
@@ -129,6 +134,7 @@ const KIND_RESIZE: u8 = 11;
 const KIND_SIGNAL: u8 = 12;
 const KIND_HANGUP: u8 = 13;
 const KIND_EXITED: u8 = 14;
+const KIND_OUTPUT_CLOSED: u8 = 15;
 const HEADER_BYTES: usize = 9;
 
 /// Writes one frame.
@@ -166,7 +172,7 @@ pub fn read_frame(stream: &mut impl Read) -> Result<(u32, Frame)> {
 fn encode(frame: &Frame) -> Result<(u8, Vec<u8>)> {
     Ok(match frame {
         Frame::Hello { boot_ms } => (KIND_HELLO, boot_ms.to_le_bytes().to_vec()),
-        Frame::Heartbeat => (KIND_HEARTBEAT, Vec::new()),
+        Frame::Heartbeat { busy } => (KIND_HEARTBEAT, vec![u8::from(*busy)]),
         Frame::Stop => (KIND_STOP, Vec::new()),
         Frame::Start(spec) => (KIND_START, serde_json::to_vec(spec)?),
         Frame::Refused(reason) => (KIND_REFUSED, reason.clone().into_bytes()),
@@ -179,6 +185,7 @@ fn encode(frame: &Frame) -> Result<(u8, Vec<u8>)> {
             content.extend_from_slice(&bytes.to_le_bytes());
             (KIND_CREDIT, content)
         }
+        Frame::OutputClosed(stream) => (KIND_OUTPUT_CLOSED, vec![number_of(*stream)]),
         Frame::Resize(size) => (KIND_RESIZE, serde_json::to_vec(size)?),
         Frame::Signal { number, group } => (KIND_SIGNAL, serde_json::to_vec(&(number, group))?),
         Frame::Hangup => (KIND_HANGUP, Vec::new()),
@@ -189,7 +196,7 @@ fn encode(frame: &Frame) -> Result<(u8, Vec<u8>)> {
 fn decode(kind: u8, content: Vec<u8>) -> Result<Frame> {
     Ok(match kind {
         KIND_HELLO => Frame::Hello { boot_ms: word(&content)? },
-        KIND_HEARTBEAT => Frame::Heartbeat,
+        KIND_HEARTBEAT => Frame::Heartbeat { busy: byte(&content)? != 0 },
         KIND_STOP => Frame::Stop,
         KIND_START => Frame::Start(serde_json::from_slice(&content).context("bad job")?),
         KIND_REFUSED => Frame::Refused(String::from_utf8_lossy(&content).into_owned()),
@@ -201,6 +208,7 @@ fn decode(kind: u8, content: Vec<u8>) -> Result<Frame> {
             let (stream, bytes) = content.split_first().context("empty credit")?;
             Frame::Credit(stream_of(*stream)?, word(bytes)?)
         }
+        KIND_OUTPUT_CLOSED => Frame::OutputClosed(stream_of(byte(&content)?)?),
         KIND_RESIZE => Frame::Resize(serde_json::from_slice(&content).context("bad size")?),
         KIND_SIGNAL => {
             let (number, group) = serde_json::from_slice(&content).context("bad signal")?;
@@ -214,6 +222,11 @@ fn decode(kind: u8, content: Vec<u8>) -> Result<Frame> {
 
 fn word(content: &[u8]) -> Result<u32> {
     Ok(u32::from_le_bytes(content.try_into().context("a number that is not 4 bytes")?))
+}
+
+fn byte(content: &[u8]) -> Result<u8> {
+    let [byte] = content else { bail!("a number that is not 1 byte") };
+    Ok(*byte)
 }
 
 fn number_of(stream: Stream) -> u8 {
@@ -248,7 +261,8 @@ mod tests {
         };
         vec![
             Frame::Hello { boot_ms: 7 },
-            Frame::Heartbeat,
+            Frame::Heartbeat { busy: false },
+            Frame::Heartbeat { busy: true },
             Frame::Stop,
             Frame::Start(spec),
             Frame::Refused("no".to_owned()),
@@ -259,6 +273,8 @@ mod tests {
             Frame::Credit(Stream::Input, 1),
             Frame::Credit(Stream::Output, u32::MAX),
             Frame::Credit(Stream::Error, 0),
+            Frame::OutputClosed(Stream::Output),
+            Frame::OutputClosed(Stream::Error),
             Frame::Resize(size),
             Frame::Signal { number: 15, group: true },
             Frame::Hangup,

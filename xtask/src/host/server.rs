@@ -1,7 +1,8 @@
 //! The process that owns an emulated host, and passes frames between its port and its clients.
 //!
 //! A client is one connection and one job. The host lives until its only client is gone (private),
-//! or until it is told to stop or was idle for long (kept).
+//! or until it is told to stop or was idle for long (kept): without a client, and without a process
+//! that a job left behind, such as a detached sandbox's.
 //!
 //! ```text
 //! client -- Start, input ... --> job number put in --> port --> executor in the host
@@ -26,7 +27,6 @@ use std::time::{Duration, Instant};
 /// A host that shows no sign of life for so long is ended. A busy machine runs one at a tenth of
 /// its speed.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
-const IDLE_MAX: Duration = Duration::from_secs(30 * 60);
 const FAREWELL: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -36,11 +36,17 @@ pub enum Clients {
     /// This one; the host ends with it.
     One(UnixStream),
     /// Whoever connects here.
-    Many(UnixListener),
+    Many {
+        /// Where.
+        listener: UnixListener,
+        /// How long the host may be idle.
+        idle_max: Duration,
+    },
 }
 
 enum Event {
     HostUp,
+    HostBusy,
     HostStopped,
     PortEnded(String),
     ClientCame,
@@ -89,7 +95,10 @@ fn watch(
     (happened, progress): (&Receiver<Event>, &Progress),
 ) -> Result<()> {
     let started = Instant::now();
-    let private = matches!(clients, Clients::One(_));
+    let idle_max = match &clients {
+        Clients::One(_) => None,
+        Clients::Many { idle_max, .. } => Some(*idle_max),
+    };
     let mut waiting = Some(clients);
     let mut count = 0_usize;
     let mut idle_since = Instant::now();
@@ -100,9 +109,11 @@ fn watch(
                 if let Some(clients) = waiting.take() {
                     router.admit(clients, boot_ms);
                 }
+                idle_since = Instant::now();
             }
+            Ok(Event::HostBusy) => idle_since = Instant::now(),
             Ok(Event::ClientCame) => count += 1,
-            Ok(Event::ClientGone) if private => return stop(router, happened),
+            Ok(Event::ClientGone) if idle_max.is_none() => return stop(router, happened),
             Ok(Event::ClientGone) => (count, idle_since) = (count - 1, Instant::now()),
             Ok(Event::StopAsked) => return stop(router, happened),
             Ok(Event::HostStopped) => {}
@@ -118,7 +129,7 @@ fn watch(
         if progress.silence() > SILENCE_MAX {
             bail!("the emulated host made no progress for {} s", SILENCE_MAX.as_secs());
         }
-        if count == 0 && !private && idle_since.elapsed() > IDLE_MAX {
+        if count == 0 && idle_max.is_some_and(|idle_max| idle_since.elapsed() > idle_max) {
             return stop(router, happened);
         }
     }
@@ -160,6 +171,7 @@ impl Router {
             match frame {
                 Frame::Hello { .. } => self.tell(Event::HostUp),
                 Frame::Stop => self.tell(Event::HostStopped),
+                Frame::Heartbeat { busy: true } => self.tell(Event::HostBusy),
                 frame => {
                     let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
                     if let Some(client) = clients.get(&job) {
@@ -178,7 +190,7 @@ impl Router {
             Clients::One(client) => {
                 thread::spawn(move || router.serve_client(NO_JOB + 1, &client, boot_ms));
             }
-            Clients::Many(listener) => {
+            Clients::Many { listener, .. } => {
                 thread::spawn(move || router.accept(&listener, boot_ms));
             }
         }

@@ -8,7 +8,7 @@ use super::protocol::{Ending, JobSpec, VERSION};
 use crate::cache::Cache;
 use crate::programs::workspace;
 use crate::sys::leads_session;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -16,7 +16,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio, id};
+use std::time::Duration;
 use std::{env, thread};
+
+/// The variable that names a kept host of one's own.
+pub const NAME_VARIABLE: &str = "NACRE_HOST_NAME";
 
 /// An emulated host of certain parts, up or not.
 #[derive(Debug)]
@@ -52,7 +56,11 @@ impl Emulated {
     /// The parts cannot be made.
     pub fn prepare(cache: &Cache) -> Result<Self> {
         let parts = Parts::prepare(cache)?;
-        let folder = cache.folder(&format!("host-{}-{VERSION}", parts.identity()))?;
+        let name =
+            env::var(NAME_VARIABLE).map_or_else(|_| String::new(), |name| format!("-{name}"));
+        let plain = name.chars().all(|letter| letter.is_ascii_alphanumeric() || letter == '-');
+        ensure!(plain, "{NAME_VARIABLE} is {name:?}: only letters, digits and - can stand there");
+        let folder = cache.folder(&format!("host-{}-{VERSION}{name}", parts.identity()))?;
         Ok(Self { cache: cache.clone(), parts, folder })
     }
 
@@ -71,19 +79,21 @@ impl Emulated {
             return Ok(Session { client, server: None });
         }
         let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
-        let server = self.start_server("--client", OwnedFd::from(theirs), Stdio::inherit())?;
+        let command = self.server_command(Stdio::inherit())?;
+        let server = start_server(command, "--client", OwnedFd::from(theirs))?;
         Ok(Session { client: Client::greet(ours)?, server: Some(server) })
     }
 
-    /// Boots a host that stays up, unless one is up; returns how long it took to boot.
+    /// Boots a host that stays up until nothing has run in it for `idle_max`, unless one is up;
+    /// returns how long it took to boot.
     ///
     /// # Errors
     /// The host does not come up.
-    pub fn up(&self) -> Result<u32> {
+    pub fn up(&self, idle_max: Duration) -> Result<u32> {
         let lock = self.cache.lock("host-up")?;
         let stream = match self.kept()? {
             Some(stream) => stream,
-            None => self.keep()?,
+            None => self.keep(idle_max)?,
         };
         drop(lock);
         let log = self.folder.join("server.log");
@@ -121,7 +131,7 @@ impl Emulated {
     }
 
     /// Starts a server for a kept host, and connects. The caller holds the lock.
-    fn keep(&self) -> Result<UnixStream> {
+    fn keep(&self, idle_max: Duration) -> Result<UnixStream> {
         let socket = self.socket();
         match fs::remove_file(&socket) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
@@ -132,23 +142,29 @@ impl Emulated {
         let listener = UnixListener::bind(&socket)
             .with_context(|| format!("cannot listen at {}", socket.display()))?;
         let log = File::create(self.folder.join("server.log")).context("cannot make a log")?;
-        let mut server = self.start_server("--listener", OwnedFd::from(listener), log.into())?;
+        let mut command = self.server_command(log.into())?;
+        command.arg("--idle").arg(idle_max.as_secs().to_string());
+        let mut server = start_server(command, "--listener", OwnedFd::from(listener))?;
         // It outlives us; if it ends before, it must not stay a zombie.
         thread::spawn(move || server.wait());
         UnixStream::connect(&socket).context("cannot connect to the emulated host's server")
     }
 
-    fn start_server(&self, role: &str, socket: OwnedFd, errors: Stdio) -> Result<Child> {
+    fn server_command(&self, errors: Stdio) -> Result<Command> {
         let log = self.folder.join(format!("console-{}", id()));
         let program = env::current_exe().context("cannot find my own program")?;
         let mut command = Command::new(program);
-        command.arg(SERVE_TASK).arg(role).arg(socket.as_raw_fd().to_string());
-        command.arg("--log").arg(log).current_dir("/");
+        command.arg(SERVE_TASK).arg("--log").arg(log).current_dir("/");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
-        // A session of its own: Ctrl-C is for the job, which ends the session in its turn.
-        leads_session(&mut command, false, vec![socket]);
-        command.spawn().context("cannot start the emulated host's server")
+        Ok(command)
     }
+}
+
+fn start_server(mut command: Command, role: &str, socket: OwnedFd) -> Result<Child> {
+    command.arg(role).arg(socket.as_raw_fd().to_string());
+    // A session of its own: Ctrl-C is for the job, which ends the session in its turn.
+    leads_session(&mut command, false, vec![socket]);
+    command.spawn().context("cannot start the emulated host's server")
 }
 
 impl Session {

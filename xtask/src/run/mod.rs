@@ -4,8 +4,9 @@
 
 mod arguments;
 
-use crate::cache::Cache;
+use crate::cache::{CACHE_VARIABLE, Cache};
 use crate::guest_image::{GuestImage, busybox_rootfs};
+use crate::host::command::IDLE_MAX;
 use crate::host::{Emulated, Host, job};
 use crate::programs::Programs;
 use crate::report::say;
@@ -103,9 +104,11 @@ fn prepare_run(cache: &Cache, arguments: &[String]) -> Result<(Prepared, Mapping
     let env = vec![
         ("NACRE_KERNEL".to_owned(), text(&guest.kernel)?),
         ("NACRE_INITRAMFS".to_owned(), text(&guest.initramfs)?),
+        // Images are unpacked there once, also where the host itself does not last.
+        (CACHE_VARIABLE.to_owned(), text(cache.root())?),
     ];
     let nacre = programs.folder.join("nacre");
-    let paths = vec![programs.folder, guest.kernel, guest.initramfs];
+    let paths = vec![programs.folder, cache.root().to_owned()];
     Ok((Prepared { nacre: text(&nacre)?, env, paths }, mapping))
 }
 
@@ -122,7 +125,7 @@ fn prepare_other(arguments: Vec<String>) -> Result<(Prepared, Mapping)> {
 
 fn run_emulated(emulated: &Emulated, prepared: Prepared, mapping: Mapping) -> Result<ExitCode> {
     if mapping.detached {
-        emulated.up()?;
+        emulated.up(IDLE_MAX)?;
     }
     let argv = [vec![prepared.nacre], mapping.arguments].concat();
     let mut spec = job(&argv, &[prepared.paths, mapping.paths].concat())?;
