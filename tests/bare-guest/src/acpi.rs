@@ -70,13 +70,17 @@ pub fn power_off() -> ! {
     let element = &body[at + 7..];
     let sleep_type = if element[0] == 0x0a { element[1] } else { element[0] };
     write_register(244, sleep_type << 2 | 1 << 5);
-    loop {}
+    loop {
+        core::hint::spin_loop();
+    }
 }
 
 /// Writes the reset value to the reset register.
 pub fn reset() -> ! {
     write_register(116, read8(FADT.load(Ordering::Relaxed) + 128));
-    loop {}
+    loop {
+        core::hint::spin_loop();
+    }
 }
 
 /// The ECAM base of segment 0 and the buses it covers.

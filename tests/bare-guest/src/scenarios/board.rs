@@ -135,7 +135,9 @@ pub fn timer() {
 pub fn panic_device() {
     assert_ne!(inb(0x505) & 1, 0, "pvpanic offers the panic event");
     outb(0x505, 1);
-    loop {}
+    loop {
+        core::hint::spin_loop();
+    }
 }
 
 /// An exception without a handler.
