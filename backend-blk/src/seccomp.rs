@@ -7,7 +7,6 @@ use backend_daemon::process::Policy;
 
 /// The block device's policy: it only reads, writes, frees and flushes its one open file.
 pub const POLICY: Policy = Policy {
-    device_type: "block",
     features: &["read-only", "blk-file"],
     worker_syscalls: &[
         libc::SYS_io_uring_enter,
@@ -16,5 +15,5 @@ pub const POLICY: Policy = Policy {
         libc::SYS_fdatasync,
         libc::SYS_fallocate,
     ],
-    keep_capabilities: &[],
+    ..Policy::of("block")
 };

@@ -22,6 +22,7 @@ use nacre_proto::exit::BackendExit;
 pub use self::args::DaemonArgs;
 pub use self::estate::{Estate, EstateError, State, Store};
 use self::jail::{Jail, JailError};
+use self::seccomp::Removal;
 use self::signals::Signals;
 use self::socket::{Socket, SocketError};
 use self::threads::{Threads, ThreadsError};
@@ -38,8 +39,32 @@ pub struct Policy {
     /// System calls that the workers need besides the daemon's own allow-list, by number
     /// (`libc::SYS_...`).
     pub worker_syscalls: &'static [i64],
+    /// The requests that workers make by `ioctl`.
+    pub worker_ioctls: &'static [u64],
     /// Capabilities that stay permitted and effective; all others are dropped for good.
     pub keep_capabilities: &'static [caps::Capability],
+    /// The program removes files that it has made, after [`run`] and on the same thread.
+    pub removes_files: bool,
+    /// [`Device::confine`] gives the process another root directory, and its workers open files
+    /// there. No folder outside stays open then: the socket's path is left for a successor, which
+    /// takes it over.
+    pub leaves_root: bool,
+}
+
+impl Policy {
+    /// That of a device that needs nothing beside what the daemon itself needs.
+    #[must_use]
+    pub const fn of(device_type: &'static str) -> Self {
+        Self {
+            device_type,
+            features: &[],
+            worker_syscalls: &[],
+            worker_ioctls: &[],
+            keep_capabilities: &[],
+            removes_files: false,
+            leaves_root: false,
+        }
+    }
 }
 
 /// Why a device could not be built.
@@ -159,10 +184,16 @@ fn serve<D: Device>(
     // The device first: a frontend must not find a socket that nobody will serve.
     let mut device = build()?;
     let workers = Threads::workers(&mut device)?;
-    let (socket, path) = Socket::open(args)?;
+    let (socket, mut path) = Socket::open(args)?;
     let served = device.confine().map_err(RunError::Confine).and_then(|()| {
+        path.take_if(|_path| policy.leaves_root);
+        let removal = match &path {
+            _ if policy.removes_files => Removal::Anything,
+            Some(path) => Removal::InFolder(path.folder()),
+            None => Removal::Nothing,
+        };
         jail::close_process(policy.keep_capabilities)?;
-        let mut threads = Threads::new(Jail::new(policy)?)?;
+        let mut threads = Threads::new(Jail::new(policy, removal)?)?;
         threads.start(device, workers, socket)?;
         if let Some(ready) = ready {
             // Who connects from now on is served, if not at once.

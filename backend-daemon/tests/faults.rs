@@ -34,6 +34,14 @@ fn a_panic_ends_the_process_with_its_own_code() {
 }
 
 #[test]
+fn the_jail_lets_a_process_abort() {
+    let mut daemon = start();
+    let mut driver = Driver::connect(&daemon.socket(), &Options::default());
+    driver.submit(0, &[Buffer::Out(b"abort"), Buffer::In(8)]);
+    assert_eq!(daemon.wait().signal(), Some(6), "SIGABRT expected; {}", daemon.log());
+}
+
+#[test]
 fn opening_a_file_ends_the_process_at_once() {
     let mut daemon = start();
     let mut driver = Driver::connect(&daemon.socket(), &Options::default());

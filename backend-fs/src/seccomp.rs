@@ -8,8 +8,6 @@ use caps::Capability;
 
 /// The policy of `nacre-fs`.
 pub const POLICY: Policy = Policy {
-    device_type: "fs",
-    features: &[],
     worker_syscalls: &[
         // Find and open.
         libc::SYS_openat,
@@ -80,6 +78,8 @@ pub const POLICY: Policy = Policy {
         Capability::CAP_MKNOD,
         Capability::CAP_SETFCAP,
     ],
+    leaves_root: true,
+    ..Policy::of("fs")
 };
 
 #[cfg(test)]

@@ -7,8 +7,6 @@ use backend_daemon::process::Policy;
 
 /// The policy of `nacre-net`.
 pub const POLICY: Policy = Policy {
-    device_type: "net",
-    features: &[],
     worker_syscalls: &[
         // Frames.
         libc::SYS_readv,
@@ -16,8 +14,13 @@ pub const POLICY: Policy = Policy {
         // The eventfd between workers.
         libc::SYS_read,
         libc::SYS_write,
-        // TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETQUEUE and TUNGETIFF, on descriptors that are open.
-        libc::SYS_ioctl,
     ],
-    keep_capabilities: &[],
+    // What the guest's driver can take, which queues are in use, and whether the tap is there.
+    worker_ioctls: &[
+        libc::TUNSETOFFLOAD,
+        libc::TUNSETVNETHDRSZ,
+        libc::TUNSETQUEUE,
+        libc::TUNGETIFF,
+    ],
+    ..Policy::of("net")
 };

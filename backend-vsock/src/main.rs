@@ -12,17 +12,14 @@ use backend_vsock::table::DESCRIPTORS_MAX;
 use clap::Parser;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-const POLICY: Policy = Policy {
-    device_type: "vsock",
-    features: &[],
-    worker_syscalls: seccomp::WORKER,
-    keep_capabilities: &[],
-};
+const POLICY: Policy = Policy { worker_syscalls: seccomp::WORKER, ..Policy::of("vsock") };
 
 fn main() -> ExitCode {
     let args = Args::parse();
     let mut made = None;
-    let exit = process::run("nacre-vsock", &args.daemon, &POLICY, || build(&args, &mut made));
+    // A socket that was handed in is its owner's to remove.
+    let policy = Policy { removes_files: args.uds_fd.is_none(), ..POLICY };
+    let exit = process::run("nacre-vsock", &args.daemon, &policy, || build(&args, &mut made));
     if let Some(Err(error)) = made.map(Made::remove) {
         log::warn!("cannot remove the socket: {error}");
     }

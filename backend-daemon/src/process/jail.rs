@@ -11,7 +11,7 @@ use rustix::thread::set_no_new_privs;
 use seccompiler::{BackendError, BpfProgram};
 
 use super::Policy;
-use super::seccomp::{Kind, filter};
+use super::seccomp::{Kind, Removal, filter};
 use crate::sys;
 
 /// Why the jail can't be closed.
@@ -43,11 +43,12 @@ pub(super) enum Cell {
 }
 
 impl Jail {
-    pub(super) fn new(policy: &Policy) -> Result<Self, JailError> {
+    /// `removal` says what the main thread removes when all is over.
+    pub(super) fn new(policy: &Policy, removal: Removal) -> Result<Self, JailError> {
         Ok(Self {
-            main: filter(Kind::Main)?,
+            main: filter(Kind::Main(removal))?,
             protocol: filter(Kind::Protocol)?,
-            worker: filter(Kind::Worker(policy.worker_syscalls))?,
+            worker: filter(Kind::Worker(policy))?,
         })
     }
 

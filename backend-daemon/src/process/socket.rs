@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -96,6 +96,11 @@ impl BoundPath {
         let folder = open(folder, flags, Mode::empty())?;
         let identity = identity(&folder, &name)?;
         Ok(Self { folder, name, identity })
+    }
+
+    /// The number of the open folder.
+    pub(super) fn folder(&self) -> RawFd {
+        self.folder.as_raw_fd()
     }
 
     /// Removes the path, unless another process has bound it since.

@@ -5,7 +5,7 @@
 use std::env;
 use std::fs;
 use std::io;
-use std::process::{Command, ExitCode, exit};
+use std::process::{Command, ExitCode, abort, exit};
 
 use backend_daemon::device::{Device, DeviceError, QueueIndex, Rings, Sources, Token, Worker};
 use backend_daemon::process::{DaemonArgs, Policy, run};
@@ -74,6 +74,7 @@ impl EchoWorker {
                 source: io::Error::other("as was asked"),
             }),
             b"panic" => panic!("as was asked"),
+            b"abort" => abort(),
             b"open" => Ok(fs::read("/etc/hostname").unwrap_or_default()),
             b"features" => Ok(self.features.to_le_bytes().to_vec()),
             other => Ok(other.to_vec()),
@@ -111,8 +112,7 @@ impl Worker for EchoWorker {
     }
 }
 
-const POLICY: Policy =
-    Policy { device_type: "echo", features: &[], worker_syscalls: &[], keep_capabilities: &[] };
+const POLICY: Policy = Policy::of("echo");
 
 /// No test by itself: what the others start.
 #[test]
