@@ -28,6 +28,9 @@ const PHYSICAL_BLOCK_BYTES: u64 = 4096;
 /// QEMU's queues have as many descriptors, whatever `queue-size` it is given; Linux asks for no
 /// more.
 const MAX_QUEUE_SIZE: u16 = 1024;
+/// How many requests are taken at a time before orders have their turn. Enough for one system
+/// call to be cheap, and few enough if each is answered at once, or blocks.
+const BUDGET: usize = 64;
 /// The worker's one source.
 const ENDED: Token = Token(0);
 
@@ -215,11 +218,15 @@ impl BlockWorker {
     }
 
     fn pop_all(&mut self, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
-        while !matches!(&self.engine, Engine::Uring(uring) if uring.is_full()) {
+        for _ in 0..BUDGET {
+            if matches!(&self.engine, Engine::Uring(uring) if uring.is_full()) {
+                return Ok(());
+            }
             let Some(ring) = rings.ring(self.queue) else { return Ok(()) };
             let Some(chain) = ring.pop()? else { return Ok(()) };
             self.take(chain, rings)?;
         }
+        rings.again(self.queue);
         Ok(())
     }
 

@@ -110,7 +110,8 @@ pub trait Worker: Send + 'static {
     fn sources(&mut self, sources: &mut dyn Sources) -> Result<(), DeviceError>;
 
     /// A ring began to run (it may already hold requests), or the guest kicked it. Serve what
-    /// can be served and return; pop until `None` or until a resource runs out.
+    /// can be served and return; pop until `None` or until a resource runs out, and no longer than
+    /// a guest may be listened to at a time ([`Rings::again`]).
     ///
     /// # Errors
     ///
@@ -166,12 +167,23 @@ pub trait Sources {
 pub struct Rings<'a> {
     pub(crate) rings: &'a mut [(QueueIndex, Option<Ring>)],
     pub(crate) sources: &'a mut dyn Sources,
+    /// Queues that the worker asked to be called for again.
+    pub(crate) again: &'a mut Vec<QueueIndex>,
 }
 
 impl Rings<'_> {
     /// The ring of `queue`, if it runs: started, enabled and not broken.
     pub fn ring(&mut self, queue: QueueIndex) -> Option<&mut Ring> {
         self.rings.iter_mut().find(|(index, _)| *index == queue)?.1.as_mut()
+    }
+
+    /// Asks for another [`Worker::kicked`] of `queue`, after orders and other events had their
+    /// turn. For a worker that leaves chains in a ring: a guest that refills it as fast as it is
+    /// served must not keep the worker from anything else.
+    pub fn again(&mut self, queue: QueueIndex) {
+        if !self.again.contains(&queue) {
+            self.again.push(queue);
+        }
     }
 
     /// The worker's event sources.

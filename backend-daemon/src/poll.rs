@@ -64,11 +64,13 @@ impl Poll {
         self.control(ControlOptions::EPOLL_CTL_DEL, fd, Event::new(Events::empty(), 0))
     }
 
-    /// Blocks until something happens; puts what happened into `wakes`, which must be empty.
-    pub(crate) fn wait(&mut self, wakes: &mut Vec<Wake>) -> io::Result<()> {
+    /// Puts what happened into `wakes`, which must be empty; blocks until something happens, if
+    /// it may.
+    pub(crate) fn wait(&mut self, wakes: &mut Vec<Wake>, may_block: bool) -> io::Result<()> {
+        let timeout_ms = if may_block { -1 } else { 0 };
         let mut events = [Event::new(Events::empty(), 0); BATCH];
         let count = loop {
-            match epoll::wait(self.epoll.as_raw_fd(), -1, &mut events) {
+            match epoll::wait(self.epoll.as_raw_fd(), timeout_ms, &mut events) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 other => break other?,
             }

@@ -18,6 +18,7 @@
 )]
 
 mod daemon;
+mod flood;
 mod frontend;
 mod memory;
 mod queue;
@@ -181,6 +182,14 @@ impl Driver {
     /// Kicks a queue.
     pub fn kick(&mut self, queue: u16) {
         self.queues[usize::from(queue)].kick.write(1).unwrap();
+    }
+
+    /// Starts a queue anew with a request that is available again as soon as it is answered. It
+    /// goes on until the device is reset.
+    pub fn flood(&mut self, queue: u16, buffers: &[Buffer<'_>]) {
+        self.stop_queue(queue);
+        let base = self.queues[usize::from(queue)].flood(&mut self.memory, buffers);
+        self.start_queue(queue, base);
     }
 
     /// Whether the device wants a kick for what was offered last (`EVENT_IDX`, or the flag).

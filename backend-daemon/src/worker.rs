@@ -86,6 +86,8 @@ pub(crate) struct Thread<W> {
     poll: Poll,
     orders: Receiver<Post>,
     wake: Arc<Doorbell>,
+    /// Queues to be served again without a kick.
+    again: Vec<QueueIndex>,
     limit: Limit,
 }
 
@@ -98,7 +100,8 @@ impl<W: Worker> Thread<W> {
         let doorbells = group.iter().map(|_queue| Doorbells::default()).collect();
         let rings = group.into_iter().map(|queue| (queue, None)).collect();
         let (poll, limit) = (Poll::new()?, Limit::default());
-        Ok((Self { worker, rings, doorbells, poll, orders: received, wake, limit }, handle))
+        let again = Vec::new();
+        Ok((Self { worker, rings, doorbells, poll, orders: received, wake, again, limit }, handle))
     }
 
     /// Registers what the thread waits for. To be called on the thread, before its jail closes.
@@ -113,8 +116,9 @@ impl<W: Worker> Thread<W> {
     pub(crate) fn run(&mut self) -> Result<(), DeviceError> {
         let mut wakes = Vec::new();
         loop {
+            let may_block = self.again.is_empty();
             self.poll
-                .wait(&mut wakes)
+                .wait(&mut wakes, may_block)
                 .map_err(|source| DeviceError::Host { what: "cannot wait for events", source })?;
             for wake in wakes.drain(..) {
                 match wake {
@@ -124,6 +128,11 @@ impl<W: Worker> Thread<W> {
                         self.call(None, |worker, rings| worker.ready(token, rings))?;
                     }
                     Wake::Source(_) => {}
+                }
+            }
+            for queue in std::mem::take(&mut self.again) {
+                if self.ring(queue).is_some() {
+                    self.call(Some(queue), |worker, rings| worker.kicked(queue, rings))?;
                 }
             }
         }
@@ -227,7 +236,8 @@ impl<W: Worker> Thread<W> {
         queue: Option<QueueIndex>,
         what: impl FnOnce(&mut W, &mut Rings<'_>) -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
-        let mut rings = Rings { rings: &mut self.rings, sources: &mut self.poll };
+        let mut rings =
+            Rings { rings: &mut self.rings, sources: &mut self.poll, again: &mut self.again };
         let fault = match what(&mut self.worker, &mut rings) {
             Ok(()) => None,
             Err(DeviceError::Ring(error)) => Some(error),

@@ -12,10 +12,15 @@ use crate::pairs::Pairs;
 /// Class, command and the number of pairs, in bytes.
 const COMMAND_BYTES: usize = 4;
 
-/// Executes the commands in the queue; each is answered in its own status byte.
-pub(crate) fn serve(ring: &mut Ring, pairs: &Pairs) -> Result<(), DeviceError> {
-    while let Some(chain) = ring.pop()? {
-        let status = match parse(&read(&chain), pairs.count()) {
+/// Commands in one go; no driver has more than one at a time.
+const BUDGET: usize = 16;
+
+/// Executes commands in the queue, each answered in its own status byte, and gives whether there
+/// may be more. `most` is the number of pairs that the driver may ask for: without `MQ` none.
+pub(crate) fn serve(ring: &mut Ring, pairs: &Pairs, most: u16) -> Result<bool, DeviceError> {
+    for _ in 0..BUDGET {
+        let Some(chain) = ring.pop()? else { return Ok(false) };
+        let status = match parse(&read(&chain), most) {
             Some(wanted) => {
                 pairs.set_active(wanted);
                 VIRTIO_NET_OK
@@ -27,7 +32,7 @@ pub(crate) fn serve(ring: &mut Ring, pairs: &Pairs) -> Result<(), DeviceError> {
         let written = u32::from(chain.write_at(0, &[status]).is_ok());
         ring.push(chain, written)?;
     }
-    Ok(())
+    Ok(true)
 }
 
 /// The command's bytes; a shorter one is no command.
@@ -38,12 +43,12 @@ fn read(chain: &Chain) -> Vec<u8> {
 }
 
 /// The number of pairs that a command asks for, if it is one that we know.
-fn parse(command: &[u8], count: u16) -> Option<u16> {
+fn parse(command: &[u8], most: u16) -> Option<u16> {
     let [class, code, low, high] = *command else { return None };
     let known = u32::from(class) == VIRTIO_NET_CTRL_MQ
         && u32::from(code) == VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET;
     let wanted = u16::from_le_bytes([low, high]);
-    (known && (1..=count).contains(&wanted)).then_some(wanted)
+    (known && (1..=most).contains(&wanted)).then_some(wanted)
 }
 
 #[cfg(test)]
@@ -57,6 +62,7 @@ mod tests {
         assert_eq!(parse(&[4, 0, 0, 0], 4), None);
         assert_eq!(parse(&[4, 0, 5, 0], 4), None);
         assert_eq!(parse(&[4, 0, 1, 1], 4), None);
+        assert_eq!(parse(&[4, 0, 1, 0], 0), None);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The device: features and configuration, and a worker for each pair of queues.
 //!
 //! Queue `2n` receives and queue `2n + 1` transmits for pair `n`; the control queue comes last and
-//! exists only with several pairs (virtio 1.3, section 5.1.2). A pair is one thread with one tap
+//! exists only with several pairs. A driver that has not taken `MQ` knows of one pair, and for it
+//! the control queue is number 2 (virtio 1.3, section 5.1.2). A pair is one thread with one tap
 //! queue. What the thread waits for on the tap:
 //!
 //! ```text
@@ -209,6 +210,25 @@ impl NetWorker {
         QueueIndex(2 * self.pair + 1)
     }
 
+    /// The control queue of a driver that did not take `MQ` is what else is a pair's own.
+    fn is_control(&self, QueueIndex(queue): QueueIndex) -> bool {
+        let pairs = if self.features.has(VIRTIO_NET_F_MQ) { self.pairs.count() } else { 1 };
+        self.features.has(VIRTIO_NET_F_CTRL_VQ) && queue == 2 * pairs
+    }
+
+    fn serve_control(
+        &mut self,
+        queue: QueueIndex,
+        rings: &mut Rings<'_>,
+    ) -> Result<(), DeviceError> {
+        let most = if self.features.has(VIRTIO_NET_F_MQ) { self.pairs.count() } else { 0 };
+        let Some(ring) = rings.ring(queue) else { return Ok(()) };
+        if control::serve(ring, &self.pairs, most)? {
+            rings.again(queue);
+        }
+        Ok(())
+    }
+
     fn receive(&mut self, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
         let Some(ring) = rings.ring(self.receive_queue()) else {
             self.waits.frames = false;
@@ -236,7 +256,7 @@ impl NetWorker {
         match self.transmitter.send(ring, &self.tap)? {
             Sent::All => {}
             Sent::Blocked => self.waits.room = true,
-            Sent::Some => self.pairs.wake(self.pair),
+            Sent::Some => rings.again(self.transmit_queue()),
         }
         Ok(())
     }
@@ -316,13 +336,13 @@ impl Worker for NetWorker {
     }
 
     fn kicked(&mut self, queue: QueueIndex, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
-        if queue == self.receive_queue() {
+        if self.is_control(queue) {
+            self.serve_control(queue, rings)?;
+        } else if queue == self.receive_queue() {
             self.follow_pairs(rings)?;
             self.receive(rings)?;
         } else if queue == self.transmit_queue() {
             self.transmit(rings)?;
-        } else if let Some(ring) = rings.ring(queue) {
-            control::serve(ring, &self.pairs)?;
         }
         self.wait(rings)
     }

@@ -47,11 +47,6 @@ impl Pairs {
         self.bells.get(usize::from(pair)).map(AsFd::as_fd)
     }
 
-    /// Rings the bell of `pair`: its worker comes back.
-    pub(crate) fn wake(&self, pair: u16) {
-        self.bells.get(usize::from(pair)).into_iter().for_each(ring);
-    }
-
     /// Makes the bell of `pair` silent again.
     pub(crate) fn silence(&self, pair: u16) {
         if let Some(bell) = self.bell(pair)

@@ -2,7 +2,7 @@
 
 use backend_daemon::testing::{Answer, Buffer, Driver, Malformed, Options, Request};
 
-use super::{IN, OK, OUT, every_way, header, image, pattern, read, start, write};
+use super::{GET_ID, IN, OK, OUT, every_way, header, image, pattern, read, start, write};
 
 #[test]
 fn many_requests_in_flight_are_each_answered_with_their_own_data() {
@@ -200,4 +200,56 @@ fn a_queue_stops_only_after_what_it_took_is_answered() {
         }
         base += 16;
     }
+}
+
+#[test]
+fn a_guest_that_refills_the_ring_as_fast_as_it_is_served_can_be_stopped() {
+    for engine in ["auto", "blocking"] {
+        let disk = image();
+        let daemon = start(&disk, &["--engine", engine]);
+        let options = Options { indirect: true, ..Options::default() };
+        let mut driver = Driver::connect(&daemon.socket(), &options);
+        let header = header(GET_ID, 0);
+        driver.flood(0, &[Buffer::Out(&header), Buffer::In(21)]);
+        driver.stop_queue(0);
+        driver.reset();
+        assert_eq!(read(&mut driver, 0, 0, 512).1, OK);
+    }
+}
+
+#[test]
+fn more_requests_than_are_taken_at_a_time_need_one_kick() {
+    let disk = image();
+    let daemon = start(&disk, &["--engine", "blocking"]);
+    let options = Options { queue_size: 256, indirect: true, ..Options::default() };
+    let mut driver = Driver::connect(&daemon.socket(), &options);
+    let header = header(GET_ID, 0);
+    let buffers = [Buffer::Out(&header), Buffer::In(20), Buffer::In(1)];
+    let requests: Vec<_> = (0..250).map(|_request| driver.offer(0, &buffers)).collect();
+    driver.kick(0);
+    for request in requests {
+        assert_eq!(driver.wait(0, request).bytes.last(), Some(&OK));
+    }
+}
+
+#[test]
+fn a_chain_has_at_most_1024_descriptors() {
+    let disk = image();
+    let mut daemon = start(&disk, &[]);
+    let options = Options { indirect: true, ..Options::default() };
+    let mut driver = Driver::connect(&daemon.socket(), &options);
+    let header = header(IN, 0);
+    let chain = |buffers: usize| {
+        let mut chain = vec![Buffer::Out(&header[..])];
+        chain.extend(vec![Buffer::In(512); buffers - 2]);
+        chain.push(Buffer::In(1));
+        chain
+    };
+    let answer = driver.request(0, &chain(1024));
+    assert_eq!((answer.len(), answer.last()), (1022 * 512 + 1, Some(&OK)));
+    driver.submit(0, &chain(1025));
+    assert!(driver.wait_for_error(0));
+    driver.reset();
+    assert_eq!(read(&mut driver, 0, 0, 512).1, OK);
+    assert!(daemon.is_running());
 }

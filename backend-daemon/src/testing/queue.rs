@@ -66,6 +66,20 @@ impl Descriptor {
     pub(super) fn new(address: u64, len_bytes: u32, writable: bool) -> Self {
         Self { address, len_bytes, flags: if writable { WRITE } else { 0 } }
     }
+
+    /// One that stands for a whole chain, which is written into memory of its own.
+    pub(super) fn indirect(memory: &mut GuestMemory, chain: &[Self]) -> Self {
+        let len_bytes = u32::try_from(16 * chain.len()).unwrap();
+        let address = memory.allocate(len_bytes.into());
+        let places: Vec<u16> = (0..u16::try_from(chain.len()).unwrap()).collect();
+        write_chain(memory, address, chain, &places);
+        Self { address, len_bytes, flags: INDIRECT }
+    }
+
+    /// Writes it, without a successor, into a place of a table.
+    pub(super) fn write(self, memory: &GuestMemory, table: u64, place: u16) {
+        write_descriptor(memory, table, place, (self.address, self.len_bytes, self.flags, 0));
+    }
 }
 
 struct Pending {
@@ -82,6 +96,8 @@ pub(super) struct GuestQueue {
     pub(super) kick: EventFd,
     pub(super) call: EventFd,
     pub(super) err: EventFd,
+    /// The used ring lies where the available one does: see `flood`.
+    pub(super) rings_are_one: bool,
     free: Vec<u16>,
     avail_index: u16,
     used_seen: u16,
@@ -100,6 +116,7 @@ impl GuestQueue {
             kick: eventfd(),
             call: eventfd(),
             err: eventfd(),
+            rings_are_one: false,
             free: (0..options.queue_size).rev().collect(),
             avail_index: 0,
             used_seen: 0,
@@ -118,6 +135,9 @@ impl GuestQueue {
     }
 
     pub(super) fn used(&self) -> u64 {
+        if self.rings_are_one {
+            return self.avail();
+        }
         (self.avail() + 6 + 2 * u64::from(self.size)).next_multiple_of(4)
     }
 
@@ -149,12 +169,9 @@ impl GuestQueue {
             chain.push(Descriptor::new(address, len_bytes, writable));
         }
         if indirect {
-            let table = memory.allocate(16 * chain.len() as u64);
-            let table_bytes = u32::try_from(16 * chain.len()).unwrap();
-            let places: Vec<u16> = (0..u16::try_from(chain.len()).unwrap()).collect();
-            write_chain(memory, table, &chain, &places);
-            taken.push((table, table_bytes));
-            chain = vec![Descriptor { address: table, len_bytes: table_bytes, flags: INDIRECT }];
+            let table = Descriptor::indirect(memory, &chain);
+            taken.push((table.address, table.len_bytes));
+            chain = vec![table];
         }
         let request = self.offer_chain(memory, &chain);
         let pending = self.pending.values_mut().find(|pending| pending.request == request);
@@ -309,6 +326,7 @@ impl GuestQueue {
                 memory.release(address, len_bytes.into());
             }
         }
+        self.rings_are_one = false;
         self.free = (0..self.size).rev().collect();
         (self.avail_index, self.used_seen) = (0, 0);
         for stale in [&self.kick, &self.call, &self.err] {

@@ -2,9 +2,9 @@
 
 use std::process::Command;
 
-use backend_daemon::testing::Buffer;
+use backend_daemon::testing::{Buffer, Driver, Options};
 
-use crate::frames::{Header, RECEIVE, connect, frame, offer, send, send_on, tcp};
+use crate::frames::{Header, RECEIVE, connect, frame, offer, send, send_on, take, tcp};
 use crate::host::{
     Host, PACKET_HEADER_BYTES, TAP, open_tap, own_network, pass_on, serve, start, starting,
 };
@@ -53,7 +53,7 @@ fn a_guest_uses_as_many_queue_pairs_as_it_asked_for() {
     assert_eq!(driver.config(8, 2), [2, 0]);
     offer(&mut driver, 0, 60, 2048);
     offer(&mut driver, 2, 60, 2048);
-    let flows = |driver: &mut backend_daemon::testing::Driver| {
+    let flows = |driver: &mut Driver| {
         let before = [driver.in_flight(0), driver.in_flight(2)];
         let mut header = Header { gso_type: 0, ..Header::SEGMENTS }.bytes();
         header.truncate(PACKET_HEADER_BYTES);
@@ -70,7 +70,7 @@ fn a_guest_uses_as_many_queue_pairs_as_it_asked_for() {
         }
     };
     assert_eq!(flows(&mut driver), [20, 0], "only the first pair is in use at the start");
-    let set_pairs = |driver: &mut backend_daemon::testing::Driver, count: u8| {
+    let set_pairs = |driver: &mut Driver, count: u8| {
         driver.request(4, &[Buffer::Out(&[4, 0]), Buffer::Out(&[count, 0]), Buffer::In(1)])
     };
     assert_eq!(set_pairs(&mut driver, 3), [1], "there are only two");
@@ -95,6 +95,37 @@ fn a_frame_on_a_pair_that_was_not_asked_for_goes_out_too() {
         send_on(&mut driver, 2 * u16::from(pair) + 1, Header::default(), &frame(pair, 60));
         assert_eq!(host.receive().1, frame(pair, 60));
     }
+}
+
+#[test]
+fn a_driver_without_mq_finds_the_control_queue_behind_its_one_pair() {
+    if !own_network() {
+        return;
+    }
+    let daemon = serve(&["--queue-pairs", "2"]);
+    let host = Host::listen();
+    let mq = 1 << 22;
+    let options = Options { queues: 3, features: !mq, ..Options::default() };
+    let mut driver = Driver::connect(&daemon.socket(), &options);
+    let set_pairs = [Buffer::Out(&[4, 0]), Buffer::Out(&[1, 0]), Buffer::In(1)];
+    assert_eq!(driver.request(2, &set_pairs), [1], "an answer, if only that it is unknown");
+    send(&mut driver, Header::default(), &frame(1, 60));
+    assert_eq!(host.receive().1, frame(1, 60));
+    let mut buffers = offer(&mut driver, RECEIVE, 1, 2048);
+    host.send(&frame(2, 60));
+    assert_eq!(take(&mut driver, &mut buffers).1, frame(2, 60));
+}
+
+#[test]
+fn a_guest_that_floods_the_control_queue_can_be_stopped() {
+    if !own_network() {
+        return;
+    }
+    let daemon = serve(&["--queue-pairs", "2"]);
+    let options = Options { queues: 5, indirect: true, ..Options::default() };
+    let mut driver = Driver::connect(&daemon.socket(), &options);
+    driver.flood(4, &[Buffer::Out(&[4, 0, 9, 0]), Buffer::In(1)]);
+    driver.stop_queue(4);
 }
 
 /// Runs the program until it ends by itself; gives its exit code and its standard error.
