@@ -1,8 +1,8 @@
 //! The command line, as typed, and the device that it describes.
 
-use std::fs::File;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use backend_daemon::process::{BuildError, DaemonArgs, inherited_fd};
 
@@ -30,6 +30,10 @@ pub struct Args {
     /// Bypass the host's page cache
     #[arg(long)]
     direct: bool,
+    /// Wait so long for the image's lock; a successor that --state-fd makes waits two minutes if
+    /// nothing is said here, others do not wait
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(..=86400))]
+    lock_wait: Option<u32>,
     /// How to reach the disk
     #[arg(long, value_enum, value_name = "ENGINE", default_value_t = EngineChoice::Auto)]
     engine: EngineChoice,
@@ -58,6 +62,9 @@ pub enum EngineChoice {
     Blocking,
 }
 
+/// Longer than a disk takes that works at all.
+const SUCCESSOR_WAIT_SECONDS: u32 = 120;
+
 /// The longest serial number: `VIRTIO_BLK_ID_BYTES`.
 const SERIAL_BYTES: usize = 20;
 
@@ -68,12 +75,16 @@ impl Args {
     ///
     /// Fails if the disk can't be had, or can't be a disk.
     pub fn device(&self) -> Result<BlockDevice, BuildError> {
-        let mode = Mode { read_only: self.read_only, direct: self.direct };
+        let mode = Mode {
+            read_only: self.read_only,
+            direct: self.direct,
+            lock_wait: Duration::from_secs(self.lock_wait_seconds().into()),
+        };
         let disk = match (&self.disk, self.disk_fd) {
             (Some(path), _) => Disk::open(path, mode),
             (None, Some(number)) => inherited_fd(number)
                 .map_err(|source| DiskError::Descriptor { number, source })
-                .and_then(|fd| Disk::adopt(File::from(fd), &format!("descriptor {number}"), mode)),
+                .and_then(|fd| Disk::reopen(fd, &format!("descriptor {number}"), mode)),
             (None, None) => return Err(BuildError::Usage("no disk was given".to_owned())),
         };
         let disk = disk.map_err(BuildError::resource)?;
@@ -86,6 +97,13 @@ impl Args {
             engine: self.engine,
         };
         Ok(BlockDevice::new(disk, setup))
+    }
+
+    /// A predecessor that was killed may hold the lock, until what it had handed to the kernel
+    /// has ended.
+    fn lock_wait_seconds(&self) -> u32 {
+        let usual = if self.daemon.state_fd.is_some() { SUCCESSOR_WAIT_SECONDS } else { 0 };
+        self.lock_wait.unwrap_or(usual)
     }
 }
 
@@ -134,5 +152,18 @@ mod tests {
         }
         assert!(Args::try_parse_from(["nacre-blk", "--socket-path", "/s"]).is_err());
         assert!(Args::try_parse_from(["nacre-blk", "--print-capabilities"]).is_ok());
+    }
+
+    #[test]
+    fn who_may_have_a_predecessor_waits_for_the_lock() {
+        let seconds = |extra: &[&str]| {
+            let base = ["nacre-blk", "--socket-path", "/s", "--disk", "/d"];
+            let args = Args::try_parse_from(base.iter().chain(extra));
+            args.unwrap().lock_wait_seconds()
+        };
+        assert_eq!(seconds(&[]), 0);
+        assert_eq!(seconds(&["--state-fd", "5", "--store-fd", "6"]), 120);
+        assert_eq!(seconds(&["--state-fd", "5", "--store-fd", "6", "--lock-wait", "0"]), 0);
+        assert_eq!(seconds(&["--lock-wait", "3"]), 3);
     }
 }

@@ -345,11 +345,14 @@ fn disk_failed(source: io::Error) -> DeviceError {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use crate::disk::Mode;
 
     use super::*;
 
-    fn device(mode: Mode) -> BlockDevice {
+    fn device(read_only: bool) -> BlockDevice {
+        let mode = Mode { read_only, direct: false, lock_wait: Duration::ZERO };
         let file = tempfile::tempfile().unwrap();
         file.set_len(64 << 10).unwrap();
         let disk = Disk::adopt(file, "it", mode).unwrap();
@@ -359,7 +362,7 @@ mod tests {
 
     #[test]
     fn the_configuration_has_the_specification_s_layout() {
-        let device = device(Mode { read_only: false, direct: false });
+        let device = device(false);
         let config = device.config();
         let u32_at = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
         assert_eq!(config.len(), 60);
@@ -372,7 +375,7 @@ mod tests {
 
     #[test]
     fn a_read_only_disk_says_so_and_offers_nothing_that_writes() {
-        let features = device(Mode { read_only: true, direct: false }).features();
+        let features = device(true).features();
         assert_ne!(features & 1 << VIRTIO_BLK_F_RO, 0);
         assert_eq!(features & 1 << VIRTIO_BLK_F_DISCARD, 0);
         assert_eq!(features & 1 << VIRTIO_BLK_F_WRITE_ZEROES, 0);

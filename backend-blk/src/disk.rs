@@ -2,9 +2,11 @@
 
 use std::fs::{self, File};
 use std::io::{self, Seek as _, SeekFrom};
-use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{
     AtFlags, FallocateFlags, OFlags, StatxFlags, fallocate, fcntl_getfl, fcntl_setfl,
@@ -95,6 +97,8 @@ pub(crate) struct Mode {
     pub(crate) read_only: bool,
     /// Bypass the page cache.
     pub(crate) direct: bool,
+    /// How long to wait for the lock.
+    pub(crate) lock_wait: Duration,
 }
 
 /// How direct I/O has to be aligned, in bytes.
@@ -106,6 +110,9 @@ pub(crate) struct Alignment {
 
 /// What direct I/O may need where the kernel does not say (before Linux 6.1).
 const CAUTIOUS: Alignment = Alignment { memory: 4096, offset: 4096 };
+
+/// How soon to try again for the lock: a guest waits meanwhile.
+const LOCK_PAUSE: Duration = Duration::from_millis(1);
 
 /// A disk, locked.
 #[derive(Debug)]
@@ -129,6 +136,23 @@ impl Disk {
             .open(path)
             .map_err(|source| DiskError::Open { name: name.clone(), source })?;
         Self::adopt(file, &name, mode)
+    }
+
+    /// Takes a disk that was opened by somebody else.
+    ///
+    /// It is opened once more: a lock belongs to an open file, and the one that was handed in may
+    /// be a predecessor's too. The lock would then not show that the predecessor's I/O has ended.
+    pub(crate) fn reopen(fd: OwnedFd, name: &str, mode: Mode) -> Result<Self, DiskError> {
+        let given = File::from(fd);
+        // No more rights than were handed in.
+        check_access(&given, name, mode)?;
+        let path = format!("/proc/self/fd/{}", given.as_raw_fd());
+        let anew = File::options().read(true).write(!mode.read_only).open(path);
+        let file = anew.unwrap_or_else(|error| {
+            log::warn!("{name} is not opened anew: a predecessor's I/O may still come: {error}");
+            given
+        });
+        Self::adopt(file, name, mode)
     }
 
     /// Locks and examines an open disk. `name` is for messages.
@@ -219,17 +243,29 @@ fn can_allocate(file: &File, how: FallocateFlags, size_bytes: u64) -> bool {
 }
 
 /// Locks the whole file by its open file description: exclusively to write, shared to read. The
-/// lock goes with the last descriptor.
+/// lock goes with the last reference to it, and each request that a killed process had handed to
+/// the kernel is one: who gets the lock knows that nothing of a predecessor reaches the disk any
+/// more.
 fn lock(file: &File, name: &str, mode: Mode, metadata: &fs::Metadata) -> Result<(), DiskError> {
     let name = name.to_owned();
-    match sys::lock(file.as_fd(), !mode.read_only) {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+    let start = Instant::now();
+    let mut is_said = false;
+    loop {
+        match sys::lock(file.as_fd(), !mode.read_only) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(source) => return Err(DiskError::Lock { name, source }),
+        }
+        if start.elapsed() >= mode.lock_wait {
             let holder = holder(metadata);
             let holder = holder.unwrap_or_else(|| "another process".to_owned());
-            Err(DiskError::InUse { name, holder })
+            return Err(DiskError::InUse { name, holder });
         }
-        Err(source) => Err(DiskError::Lock { name, source }),
+        if !is_said {
+            log::info!("waiting for the lock of the disk {name}");
+            is_said = true;
+        }
+        thread::sleep(LOCK_PAUSE);
     }
 }
 
@@ -259,7 +295,7 @@ fn holder(disk: &fs::Metadata) -> Option<String> {
 mod tests {
     use super::*;
 
-    const MODE: Mode = Mode { read_only: false, direct: false };
+    const MODE: Mode = Mode { read_only: false, direct: false, lock_wait: Duration::ZERO };
 
     fn image(bytes: u64) -> tempfile::NamedTempFile {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -301,6 +337,23 @@ mod tests {
         let _reader = Disk::open(image.path(), read_only).unwrap();
         let _second = Disk::open(image.path(), read_only).unwrap();
         assert!(matches!(Disk::open(image.path(), MODE), Err(DiskError::InUse { .. })));
+    }
+
+    #[test]
+    fn a_disk_that_was_handed_in_has_a_lock_of_its_own() {
+        let image = image(4096);
+        let handed_in = || OwnedFd::from(image.as_file().try_clone().unwrap());
+        let first = Disk::reopen(handed_in(), "it", MODE).unwrap();
+        assert!(matches!(Disk::reopen(handed_in(), "it", MODE), Err(DiskError::InUse { .. })));
+        let waiting = thread::scope(|scope| {
+            let mode = Mode { lock_wait: Duration::from_secs(20), ..MODE };
+            let waiting = scope.spawn(move || Disk::reopen(handed_in(), "it", mode));
+            drop(first);
+            waiting.join().unwrap()
+        });
+        assert!(waiting.is_ok());
+        let read_only = OwnedFd::from(File::open(image.path()).unwrap());
+        assert!(matches!(Disk::reopen(read_only, "it", MODE), Err(DiskError::Access { .. })));
     }
 
     #[test]

@@ -1,10 +1,14 @@
 //! `nacre-blk` over its real socket, jailed, with a test driver in the guest's and the VMM's place.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::print_stderr, reason = "a test says why it is skipped")]
 
 mod kills;
+mod late;
 mod life;
 mod requests;
 mod rings;
+mod slow_disk;
+mod sys;
 
 use std::ffi::OsStr;
 
