@@ -1,6 +1,12 @@
 //! Which command is legal when. No effects here: the control loop applies what this decides.
+//!
+//! ```text
+//!             state of the device:   Idle  Active  NeedsReset  Lost  Quiesced
+//! Quiesce                            yes   yes     yes         no    no
+//! Reconnect                          no    no      no          yes   yes
+//! ```
 
-use nacre_proto::vmm::{Command, State};
+use nacre_proto::vmm::{Command, DeviceState, DeviceStatus, State};
 
 /// What the control loop is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,6 +17,10 @@ pub enum Action {
     Stop,
     /// Press the power button.
     PressPowerButton,
+    /// Give the device of this index the backend whose socket came along.
+    Reconnect(usize),
+    /// Have the backend of the device of this index stop and hang up.
+    Quiesce(usize),
 }
 
 /// Why a command is refused.
@@ -22,29 +32,86 @@ pub enum Refusal {
     /// The VM has no such device.
     #[error("there is no such device")]
     NoDevice,
+    /// The device's backend is there.
+    #[error("the device has a backend")]
+    HasBackend,
+    /// The device's backend is not there.
+    #[error("the device has no backend")]
+    HasNoBackend,
+    /// Too many or too few descriptors.
+    #[error("{got} descriptors came with a request that takes {wanted}")]
+    Descriptors {
+        /// How many came, as far as they were counted.
+        got: usize,
+        /// How many the request takes.
+        wanted: usize,
+    },
 }
 
-/// What `command` does to a VM in `state`.
+/// What `command`, which came with so many `descriptors`, does to a VM in `state` with these
+/// `devices`.
 ///
 /// # Errors
 ///
 /// Fails if the command makes no sense in that state.
-pub fn decide(state: State, command: &Command) -> Result<Action, Refusal> {
+pub fn decide(
+    state: State,
+    devices: &[DeviceStatus],
+    command: &Command,
+    descriptors: usize,
+) -> Result<Action, Refusal> {
+    let wanted = usize::from(matches!(command, Command::Reconnect { .. }));
+    if descriptors != wanted {
+        return Err(Refusal::Descriptors { got: descriptors, wanted });
+    }
     match (state, command) {
         (State::Running | State::Ending, Command::Status) => Ok(Action::Report),
         (State::Running | State::Ending, Command::Stop) => Ok(Action::Stop),
         (State::Running, Command::PowerButton) => Ok(Action::PressPowerButton),
-        (State::Ending, Command::PowerButton) => Err(Refusal::Ending),
-        (_, Command::Reconnect { .. } | Command::Quiesce { .. }) => Err(Refusal::NoDevice),
+        (State::Running, Command::Reconnect { device }) => match find(devices, device)? {
+            (index, DeviceState::Lost | DeviceState::Quiesced) => Ok(Action::Reconnect(index)),
+            (_, DeviceState::Idle | DeviceState::Active | DeviceState::NeedsReset) => {
+                Err(Refusal::HasBackend)
+            }
+        },
+        (State::Running, Command::Quiesce { device }) => match find(devices, device)? {
+            (index, DeviceState::Idle | DeviceState::Active | DeviceState::NeedsReset) => {
+                Ok(Action::Quiesce(index))
+            }
+            (_, DeviceState::Lost | DeviceState::Quiesced) => Err(Refusal::HasNoBackend),
+        },
+        (State::Ending, _) => Err(Refusal::Ending),
     }
+}
+
+fn find(devices: &[DeviceStatus], id: &str) -> Result<(usize, DeviceState), Refusal> {
+    let index = devices.iter().position(|device| device.id == id).ok_or(Refusal::NoDevice)?;
+    Ok((index, devices[index].state))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const STATES: [DeviceState; 5] = [
+        DeviceState::Idle,
+        DeviceState::Active,
+        DeviceState::NeedsReset,
+        DeviceState::Lost,
+        DeviceState::Quiesced,
+    ];
+
+    fn devices() -> Vec<DeviceStatus> {
+        let status = |(id, state): (usize, DeviceState)| DeviceStatus {
+            id: id.to_string(),
+            state,
+            reconnects: 0,
+        };
+        STATES.into_iter().enumerate().map(status).collect()
+    }
+
     #[test]
-    fn the_whole_table_is_as_written() {
+    fn the_whole_table_of_a_vm_is_as_written() {
         for (state, command, expected) in [
             (State::Running, Command::Status, Ok(Action::Report)),
             (State::Running, Command::Stop, Ok(Action::Stop)),
@@ -52,8 +119,38 @@ mod tests {
             (State::Ending, Command::Status, Ok(Action::Report)),
             (State::Ending, Command::Stop, Ok(Action::Stop)),
             (State::Ending, Command::PowerButton, Err(Refusal::Ending)),
+            (State::Ending, Command::Quiesce { device: "0".to_owned() }, Err(Refusal::Ending)),
         ] {
-            assert_eq!(decide(state, &command), expected, "{state:?} {command:?}");
+            assert_eq!(decide(state, &devices(), &command, 0), expected, "{state:?} {command:?}");
+            let got = Err(Refusal::Descriptors { got: 1, wanted: 0 });
+            assert_eq!(decide(state, &devices(), &command, 1), got);
+        }
+    }
+
+    #[test]
+    fn the_whole_table_of_a_device_is_as_written() {
+        let decide = |command: &Command, descriptors| {
+            decide(State::Running, &devices(), command, descriptors)
+        };
+        for (index, state) in STATES.into_iter().enumerate() {
+            let absent = matches!(state, DeviceState::Lost | DeviceState::Quiesced);
+            let device = || index.to_string();
+            let quiesced = decide(&Command::Quiesce { device: device() }, 0);
+            let reconnected = decide(&Command::Reconnect { device: device() }, 1);
+            if absent {
+                assert_eq!(quiesced, Err(Refusal::HasNoBackend), "{state:?}");
+                assert_eq!(reconnected, Ok(Action::Reconnect(index)), "{state:?}");
+            } else {
+                assert_eq!(quiesced, Ok(Action::Quiesce(index)), "{state:?}");
+                assert_eq!(reconnected, Err(Refusal::HasBackend), "{state:?}");
+            }
+        }
+        let unknown = || "disk".to_owned();
+        assert_eq!(decide(&Command::Quiesce { device: unknown() }, 0), Err(Refusal::NoDevice));
+        assert_eq!(decide(&Command::Reconnect { device: unknown() }, 1), Err(Refusal::NoDevice));
+        for got in [0, 2] {
+            let refused = decide(&Command::Reconnect { device: "3".to_owned() }, got);
+            assert_eq!(refused, Err(Refusal::Descriptors { got, wanted: 1 }));
         }
     }
 }

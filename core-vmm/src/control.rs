@@ -7,21 +7,23 @@
 //! serial input, devices' backends ---+
 //! ```
 //!
-//! It ends with how the VM ended. It never waits for anything but its vCPUs and its epoll set.
+//! It ends with how the VM ended. It waits for its epoll set, for its vCPUs to leave the guest, and,
+//! for a limited time, for a backend that is told something.
+//!
+//! A reset of the VM begins at once; it ends, and the guest runs again, when nobody can write to
+//! the guest's memory any more: a backend that was cut off has to have ended first, which the
+//! supervisor says by giving the device another one.
 
 use std::{
+    error::Error,
     fs::File,
     io::{self, Read},
-    os::fd::OwnedFd,
+    os::unix::net::UnixStream,
 };
 
 use nacre_proto::{
     exit::VmmExit,
     vmm::{self, MessageError, Outcome, Reply, Request, State, Status, Timing, Told},
-};
-use rustix::{
-    io::Errno,
-    net::{RecvFlags, SendFlags, recv, send},
 };
 
 use crate::{
@@ -31,6 +33,7 @@ use crate::{
     error_chain,
     event::GuestEvent,
     poll::Poller,
+    supervisor::{Datagram, Descriptors, Heard, Supervisor},
     timing,
     vcpu::exit,
     vm::{Vm, VmError},
@@ -68,8 +71,10 @@ pub struct Control {
     vm: Vm,
     poller: Poller,
     signals: File,
-    supervisor: Option<OwnedFd>,
+    supervisor: Option<Supervisor>,
     on_reset: OnReset,
+    /// The vCPUs hold until every device is still.
+    resetting: bool,
     timing: Timing,
 }
 
@@ -85,13 +90,13 @@ impl Control {
     pub fn new(
         vm: Vm,
         signals: File,
-        supervisor: Option<OwnedFd>,
+        supervisor: Option<Supervisor>,
         on_reset: OnReset,
         started_ns: u64,
     ) -> Result<Self, ControlError> {
         let poller = Poller::new().map_err(ControlError::Poll)?;
         let timing = Timing { started_ns, first_run_ns: 0 };
-        let control = Self { vm, poller, signals, supervisor, on_reset, timing };
+        let control = Self { vm, poller, signals, supervisor, on_reset, resetting: false, timing };
         control.watch().map_err(ControlError::Poll)?;
         Ok(control)
     }
@@ -129,6 +134,7 @@ impl Control {
                     self.log_end(exit);
                     return Ok(exit);
                 }
+                self.tell_losses();
             }
         }
     }
@@ -140,7 +146,7 @@ impl Control {
                 log::info!("a signal ends the VM");
                 Ok(Some(VmmExit::Stopped))
             }
-            SUPERVISOR => Ok(self.take_request()),
+            SUPERVISOR => self.take_request(),
             SERIAL_INPUT => self.take_serial_input().map_err(ControlError::Poll),
             SERIAL_DRAINED => self.want_serial_input().map_err(ControlError::Poll),
             device => {
@@ -165,59 +171,102 @@ impl Control {
                 }
                 GuestEvent::Reset => {
                     log::info!("the guest resets");
-                    self.vm.reset()?;
-                    self.vm.run();
+                    self.vm.begin_reset();
+                    self.resetting = true;
+                    self.go_on_resetting()?;
                 }
             }
         }
         Ok(None)
     }
 
-    /// Answers one request; the supervisor's end being closed ends the VM.
-    fn take_request(&self) -> Option<VmmExit> {
-        let supervisor = self.supervisor.as_ref()?;
-        let mut buffer = [0; vmm::MAX_BYTES];
-        // TRUNC gives the datagram's real length, so that one too long is seen as such.
-        let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC;
-        let (reply, exit) = match recv(supervisor, &mut buffer[..], flags) {
-            Ok((_, 0)) => {
-                log::info!("the supervisor is gone");
-                return Some(VmmExit::Stopped);
-            }
-            // One that was cut is longer than any message, and is refused for that.
-            Ok((_, bytes)) if bytes > buffer.len() => refuse(&MessageError::TooLong(bytes)),
-            Ok((kept, _)) => self.answer(&buffer[..kept]),
-            Err(Errno::AGAIN | Errno::INTR) => return None,
-            Err(error) => {
-                log::error!("can't hear the supervisor: {error}");
-                return Some(VmmExit::Stopped);
-            }
-        };
-        let sent = vmm::encode(&Told::Reply(reply)).map_err(io::Error::other).and_then(|bytes| {
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            Ok(send(supervisor, &bytes, flags)?)
-        });
-        if let Err(error) = sent {
-            log::warn!("the supervisor does not take a reply: {error}");
+    /// Lets a guest that was reset run once nobody writes to its memory.
+    fn go_on_resetting(&mut self) -> Result<(), ControlError> {
+        if !self.resetting {
+            return Ok(());
         }
-        exit
+        if self.vm.is_still() {
+            self.vm.finish_reset()?;
+            self.resetting = false;
+            self.vm.run();
+        } else {
+            log::warn!("the guest's reset waits for the end of a backend that was cut off");
+        }
+        Ok(())
     }
 
-    fn answer(&self, datagram: &[u8]) -> (Reply, Option<VmmExit>) {
-        let request: Request = match vmm::decode(datagram) {
+    /// Answers one request; the supervisor's end being closed ends the VM.
+    fn take_request(&mut self) -> Step {
+        let heard = self.supervisor.as_ref().map_or(Ok(Heard::Nothing), Supervisor::hear);
+        let (reply, exit) = match heard {
+            Ok(Heard::Nothing) => return Ok(None),
+            Ok(Heard::Gone) => {
+                log::info!("the supervisor is gone");
+                return Ok(Some(VmmExit::Stopped));
+            }
+            // One that was cut is longer than any message, and is refused for that.
+            Ok(Heard::Datagram(datagram)) if datagram.len_bytes > datagram.bytes.len() => {
+                refuse(&MessageError::TooLong(datagram.len_bytes))
+            }
+            Ok(Heard::Datagram(datagram)) => self.answer(datagram)?,
+            Err(error) => {
+                log::error!("can't hear the supervisor: {error}");
+                return Ok(Some(VmmExit::Stopped));
+            }
+        };
+        // What was lost over the request is known before what came of it.
+        self.tell_losses();
+        self.tell(&Told::Reply(reply));
+        Ok(exit)
+    }
+
+    fn answer(&mut self, datagram: Datagram) -> Result<(Reply, Option<VmmExit>), ControlError> {
+        let request: Request = match vmm::decode(&datagram.bytes) {
             Ok(request) => request,
-            Err(error) => return refuse(&error),
+            Err(error) => return Ok(refuse(&error)),
         };
-        let (outcome, exit) = match command::decide(State::Running, &request.command) {
-            Ok(Action::Report) => (Outcome::Status(self.status()), None),
-            Ok(Action::Stop) => (Outcome::Done, Some(VmmExit::Stopped)),
-            Ok(Action::PressPowerButton) => match self.vm.parts.events.raise(Event::PowerButton) {
-                Ok(()) => (Outcome::Done, None),
-                Err(error) => (Outcome::Refused(error.to_string()), None),
-            },
-            Err(refusal) => (Outcome::Refused(refusal.to_string()), None),
+        self.vm.look_after_devices();
+        let devices: Vec<_> = self.vm.device_statuses().collect();
+        let count = datagram.descriptors.count();
+        let (outcome, exit) =
+            match command::decide(State::Running, &devices, &request.command, count) {
+                Ok(action) => self.act(action, datagram.descriptors)?,
+                Err(refusal) => (Outcome::Refused(refusal.to_string()), None),
+            };
+        Ok((Reply { id: request.id, outcome }, exit))
+    }
+
+    fn act(
+        &mut self,
+        action: Action,
+        descriptors: Descriptors,
+    ) -> Result<(Outcome, Option<VmmExit>), ControlError> {
+        let outcome = match action {
+            Action::Report => Outcome::Status(self.status()),
+            Action::Stop => return Ok((Outcome::Done, Some(VmmExit::Stopped))),
+            Action::PressPowerButton => outcome(self.vm.parts.events.raise(Event::PowerButton)),
+            Action::Quiesce(index) => outcome(self.vm.quiesce_device(index)),
+            Action::Reconnect(index) => {
+                let socket = descriptors.single().map(UnixStream::from);
+                let socket = socket.expect("the count of descriptors was checked");
+                let reconnected = self.vm.reconnect_device(index, socket);
+                self.go_on_resetting()?;
+                outcome(reconnected)
+            }
         };
-        (Reply { id: request.id, outcome }, exit)
+        Ok((outcome, None))
+    }
+
+    fn tell(&self, told: &Told) {
+        if let Some(supervisor) = &self.supervisor {
+            supervisor.tell(told);
+        }
+    }
+
+    fn tell_losses(&mut self) {
+        for (device, reason) in self.vm.take_losses() {
+            self.tell(&Told::Event(vmm::Event::DeviceLost { device, reason }));
+        }
     }
 
     fn status(&self) -> Status {
@@ -229,7 +278,7 @@ impl Control {
             resets: self.vm.resets(),
             timing: self.timing,
             exits: exit::sum(self.vm.vcpus().exit_counts()),
-            devices: Vec::new(),
+            devices: self.vm.device_statuses().collect(),
         }
     }
 
@@ -276,6 +325,13 @@ impl Control {
             }
         }
         Ok(None)
+    }
+}
+
+fn outcome<E: Error>(result: Result<(), E>) -> Outcome {
+    match result {
+        Ok(()) => Outcome::Done,
+        Err(error) => Outcome::Refused(error_chain(&error)),
     }
 }
 

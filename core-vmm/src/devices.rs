@@ -8,6 +8,7 @@ use std::{
 };
 
 use kvm_ioctls::VmFd;
+use nacre_proto::vmm::DeviceStatus;
 use vm_memory::GuestMemoryMmap;
 
 use crate::{
@@ -20,8 +21,8 @@ use crate::{
     },
     sys,
     virtio::{
-        ConnectError, DeviceConfig, DeviceError, DeviceKind, Negotiated, Services, VirtioDevice,
-        Watchdog, connect_all,
+        ConnectError, DeviceConfig, DeviceError, DeviceKind, Negotiated, RequestError, Services,
+        VirtioDevice, Watchdog, connect_all,
     },
 };
 
@@ -181,6 +182,54 @@ impl Devices {
         if let Some(device) = self.all.get_mut(index) {
             device.process(memory);
         }
+    }
+
+    /// Notices backends that are gone.
+    pub fn look_after(&mut self) {
+        for device in &mut self.all {
+            device.look_after_backend();
+        }
+    }
+
+    /// How each is, in order.
+    pub fn statuses(&self) -> impl Iterator<Item = DeviceStatus> {
+        self.all.iter().map(VirtioDevice::status)
+    }
+
+    /// Whether no process that was cut off may still write to the guest's memory.
+    #[must_use]
+    pub fn are_still(&self) -> bool {
+        self.all.iter().all(VirtioDevice::is_still)
+    }
+
+    /// The devices that have lost their backend since the last time this was asked, and why.
+    pub fn take_losses(&mut self) -> Vec<(String, String)> {
+        let loss =
+            |device: &mut VirtioDevice| Some((device.name().to_owned(), device.take_loss()?));
+        self.all.iter_mut().filter_map(loss).collect()
+    }
+
+    /// Has the backend of device `index` stop and hang up.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is none, or it is lost over it.
+    pub fn quiesce(&mut self, index: usize) -> Result<(), RequestError> {
+        self.all.get_mut(index).ok_or(RequestError::Absent)?.quiesce()
+    }
+
+    /// Gives device `index` another backend.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it has one, or the new one does not fit.
+    pub fn reconnect(
+        &mut self,
+        index: usize,
+        socket: UnixStream,
+        memory: &GuestMemoryMmap,
+    ) -> Result<(), RequestError> {
+        self.all.get_mut(index).ok_or(RequestError::Absent)?.reconnect(socket, memory)
     }
 
     /// Back to power-on, with every vCPU stopped; backends keep their connections.

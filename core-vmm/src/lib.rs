@@ -26,6 +26,8 @@ pub mod memory;
 pub mod pci;
 pub mod poll;
 pub mod seccomp;
+pub mod shared_event;
+pub mod supervisor;
 mod sys;
 pub mod timing;
 pub mod vcpu;
@@ -37,6 +39,7 @@ use self::{
     control::{Control, ControlError},
     jail::JailError,
     seccomp::SeccompError,
+    supervisor::Supervisor,
     vcpu::VcpuError,
     vm::VmError,
 };
@@ -118,7 +121,8 @@ pub fn run(config: &Config) -> Result<VmmExit, VmmError> {
     let filter = seccomp::control_filter()?;
     jail::enter()?;
     let vm = built.spawn()?;
-    let control = Control::new(vm, signals, supervisor, config.on_reset, started_ns)?;
+    let control =
+        Control::new(vm, signals, supervisor.map(Supervisor::new), config.on_reset, started_ns)?;
     seccompiler::apply_filter(&filter)?;
     Ok(control.run()?)
 }

@@ -67,7 +67,7 @@ const VM_STATE: [u64; 1] = [kvm_ioctl(READ, 0x63, size_of::<kvm::kvm_irqchip>())
 
 /// What any Rust thread needs: memory, locks, time, its own end, and to write (a log line, an
 /// eventfd, the serial port).
-const EVERY_THREAD: [c_long; 21] = [
+const EVERY_THREAD: [c_long; 22] = [
     libc::SYS_brk,
     libc::SYS_clock_gettime,
     libc::SYS_clock_nanosleep,
@@ -82,6 +82,7 @@ const EVERY_THREAD: [c_long; 21] = [
     libc::SYS_mremap,
     libc::SYS_munmap,
     libc::SYS_ppoll,
+    libc::SYS_preadv2,
     libc::SYS_read,
     libc::SYS_restart_syscall,
     libc::SYS_rt_sigprocmask,
@@ -92,7 +93,7 @@ const EVERY_THREAD: [c_long; 21] = [
 ];
 
 /// The control thread's own: its loop, its sockets, the files it loads again after a reset.
-const CONTROL_THREAD: [c_long; 14] = [
+const CONTROL_THREAD: [c_long; 13] = [
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_wait,
@@ -101,7 +102,6 @@ const CONTROL_THREAD: [c_long; 14] = [
     libc::SYS_lseek,
     libc::SYS_pread64,
     libc::SYS_readv,
-    libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_sendto,
@@ -164,8 +164,14 @@ pub fn vcpu_filter() -> Result<BpfProgram, SeccompError> {
 pub fn control_filter() -> Result<BpfProgram, SeccompError> {
     // Restoring a terminal's mode at the end.
     let terminal = [libc::TCSETS, libc::TCSETSW, libc::TCGETS];
+    // A new backend's socket.
+    let socket = [libc::FIONBIO];
     let fcntls = [F_GETFD, F_DUPFD_CLOEXEC];
-    compile(&[&EVERY_THREAD, &CONTROL_THREAD], &fcntls, &[&VM_WIRING, &VM_STATE, &terminal])
+    compile(
+        &[&EVERY_THREAD, &CONTROL_THREAD],
+        &fcntls,
+        &[&VM_WIRING, &VM_STATE, &terminal, &socket],
+    )
 }
 
 /// The filter of the thread that ends conversations with backends.

@@ -2,14 +2,20 @@
 //! before:
 //!
 //! ```text
-//! Config --build()--> Built --spawn()--> Vm --run()/hold()/reset()--> ... --drop--> gone
+//! Config --build()--> Built --spawn()--> Vm --run()/begin_reset()/finish_reset()--> ... --drop--> gone
 //!         everything        one thread       the control thread
 //!         is opened         a vCPU, held     owns it
 //! ```
 //!
 //! Nothing is opened after `build`, so the jail is entered between the two.
 
-use std::{io, os::fd::BorrowedFd, sync::Arc};
+use std::{
+    io,
+    os::{fd::BorrowedFd, unix::net::UnixStream},
+    sync::Arc,
+};
+
+use nacre_proto::vmm::DeviceStatus;
 
 use crate::{
     acpi::{
@@ -41,6 +47,7 @@ use crate::{
         gate::Gate,
         thread::{Surroundings, Vcpu},
     },
+    virtio::RequestError,
 };
 
 /// Why there is no VM, or none any more.
@@ -208,16 +215,27 @@ impl Vm {
         self.vcpus.run();
     }
 
-    /// Takes a guest back to its first instruction and holds it there.
-    ///
-    /// # Errors
-    ///
-    /// Fails if the host or KVM does; the VM is of no use then.
-    pub fn reset(&mut self) -> Result<(), VmError> {
+    /// Begins to take the guest back to its first instruction: holds it, and its devices are as
+    /// after power-on.
+    pub fn begin_reset(&mut self) {
         self.vcpus.hold();
         self.parts.mailbox.clear();
         self.parts.devices.reset();
         self.parts.events.reset();
+    }
+
+    /// Whether nobody writes to the guest's memory that could not be stopped: a reset may end.
+    #[must_use]
+    pub fn is_still(&self) -> bool {
+        self.parts.devices.are_still()
+    }
+
+    /// Ends what [`Vm::begin_reset`] began; the guest is held at its first instruction.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the host or KVM does; the VM is of no use then.
+    pub fn finish_reset(&mut self) -> Result<(), VmError> {
         self.parts.kvm.reset_interrupt_controllers()?;
         self.parts.ram.wipe()?;
         let entry = self.parts.boot.load(&self.parts.ram)?;
@@ -235,6 +253,43 @@ impl Vm {
     /// Lets device `index` do what is to do.
     pub fn process_device(&mut self, index: usize) {
         self.parts.devices.process(index, &self.parts.ram.memory);
+    }
+
+    /// Notices backends that are gone.
+    pub fn look_after_devices(&mut self) {
+        self.parts.devices.look_after();
+    }
+
+    /// How each device is, in order.
+    pub fn device_statuses(&self) -> impl Iterator<Item = DeviceStatus> {
+        self.parts.devices.statuses()
+    }
+
+    /// The devices that have lost their backend since the last time this was asked, and why.
+    pub fn take_losses(&mut self) -> Vec<(String, String)> {
+        self.parts.devices.take_losses()
+    }
+
+    /// Has the backend of device `index` stop and hang up.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is none, or it is lost over it.
+    pub fn quiesce_device(&mut self, index: usize) -> Result<(), RequestError> {
+        self.parts.devices.quiesce(index)
+    }
+
+    /// Gives device `index` another backend.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it has one, or the new one does not fit.
+    pub fn reconnect_device(
+        &mut self,
+        index: usize,
+        socket: UnixStream,
+    ) -> Result<(), RequestError> {
+        self.parts.devices.reconnect(index, socket, &self.parts.ram.memory)
     }
 
     /// How often the guest was reset.

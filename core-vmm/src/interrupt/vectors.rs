@@ -11,13 +11,12 @@
 
 use std::sync::Arc;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Gsi, MsiRoute, MsiRouter, descriptor};
-use crate::error_chain;
+use super::{Gsi, MsiRoute, MsiRouter};
 use crate::pci::complaint::Complaints;
 use crate::pci::msix::{Msix, MsixEffect};
+use crate::{error_chain, shared_event};
 
 /// A source that fires nothing (virtio 1.3, section 4.1.5.1.2: VIRTIO_MSI_NO_VECTOR).
 pub const NO_VECTOR: u16 = 0xffff;
@@ -94,8 +93,7 @@ impl Vectors {
         }
         self.synchronise();
         for source in &self.sources {
-            // The eventfd is non-blocking: with nothing pending the read fails, which is fine.
-            drop(source.event.read());
+            shared_event::drain(&source.event);
         }
     }
 
@@ -168,11 +166,8 @@ impl Source {
         }
     }
 
-    /// Whether the eventfd holds something; it is not read.
     fn is_raised(&self) -> bool {
-        let mut fds = [PollFd::from_borrowed_fd(descriptor(&self.event), PollFlags::IN)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+        shared_event::is_raised(&self.event)
     }
 }
 

@@ -1,26 +1,45 @@
 //! The half of a virtio device that the control thread owns: it talks with the backend.
 //!
 //! ```text
-//! DRIVER_OK -> Negotiated.start -> Running        reset -> Running.stop -> Negotiated
-//! any error, hang-up or time-out -> Lost: NEEDS_RESET, the VM lives on
+//!              DRIVER_OK                        any error, hang-up or time-out
+//! Negotiated -----------> Running            Negotiated, Running ----> Absent (lost)
+//!     ^                      |                        quiesce -------> Absent (quiesced)
+//!     `------- reset --------'               Absent --reconnect--> Running, or Negotiated
 //! ```
+//!
+//! While there is no backend the guest sees nothing but a device that takes its time: what it asks
+//! for waits in its rings, a driver that becomes ready is started with the next backend, what it
+//! writes to the configuration is told to the next backend. A reset is done at once, with one
+//! exception: a process that was cut off because it hung or broke the protocol may go on writing
+//! to the guest's memory, and a driver that was told of its reset would use that memory for
+//! something else. Such a reset is done when the supervisor says that the process has ended, which
+//! is what [`VirtioDevice::reconnect`] says whether or not the new backend is of any use.
+
+mod backend;
+mod handover;
 
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
+use nacre_proto::vmm::{DeviceState, DeviceStatus};
+use rustix::event::epoll;
+use rustix::io::Errno;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::doorbell::Doorbells;
-use super::frontend::{FrontendError, Kept, LinkState, Lost, Negotiated, Running, StartError};
+use super::frontend::{FrontendError, Kept, LinkState, Lost, Negotiated, StartError};
 use super::function::{Parts, Request, VirtioFunction};
 use super::pci_registers::{Activation, ConfigWrite, PciRegisters};
+use super::watchdog::Deadline;
 use crate::error_chain;
 use crate::interrupt::{MsiRouter, Vectors, descriptor};
 use crate::pci::PciFunction;
+use crate::shared_event;
+use backend::Backend;
+pub use handover::RequestError;
 
 /// What a device needs of the VM.
 #[derive(Clone)]
@@ -58,14 +77,13 @@ pub struct VirtioDevice {
     /// Written by vCPUs.
     wake: EventFd,
     ready: OwnedFd,
-    /// A driver whose queues are impossible was told so; it has to reset before the next try.
-    refused: bool,
-}
-
-enum Backend {
-    Negotiated(Negotiated),
-    Running(Running),
-    Lost(Box<Kept>),
+    /// The driver's queues are impossible, or it broke a ring, and it was told so; it has to reset
+    /// before the next try.
+    unusable: bool,
+    /// How many backends came in the first one's place.
+    reconnects: u64,
+    /// Why the backend was lost, until somebody asks.
+    loss: Option<String>,
 }
 
 impl VirtioDevice {
@@ -86,7 +104,8 @@ impl VirtioDevice {
             watch(&ready, fd)?;
         }
         let backend = Some(Backend::Negotiated(backend));
-        Ok(Self { name, function, backend, wake, ready, refused: false })
+        let (unusable, reconnects, loss) = (false, 0, None);
+        Ok(Self { name, function, backend, wake, ready, unusable, reconnects, loss })
     }
 
     /// The device's name.
@@ -110,79 +129,123 @@ impl VirtioDevice {
     /// Whether there is a backend.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        !matches!(self.backend, None | Some(Backend::Lost(_)))
+        !matches!(self.backend, None | Some(Backend::Absent(_)))
     }
 
-    /// Does what the vCPUs left to do, and looks after the backend. Never fails: a device that
-    /// loses its backend tells the driver so, and the VM lives on.
+    /// Whether nobody writes to the guest's memory on this device's behalf that the VMM could not
+    /// stop: only then may a VM that was reset use that memory anew.
+    #[must_use]
+    pub fn is_still(&self) -> bool {
+        !self.backend.as_ref().is_some_and(Backend::may_write_unwatched)
+    }
+
+    /// How the device is.
+    #[must_use]
+    pub fn status(&self) -> DeviceStatus {
+        let state = match self.backend.as_ref().map_or(DeviceState::Lost, Backend::state) {
+            DeviceState::Idle | DeviceState::Active if self.unusable => DeviceState::NeedsReset,
+            state => state,
+        };
+        DeviceStatus { id: self.name.clone(), state, reconnects: self.reconnects }
+    }
+
+    /// Why the backend was lost, if it was since the last time this was asked.
+    pub fn take_loss(&mut self) -> Option<String> {
+        self.loss.take()
+    }
+
+    /// Does what the vCPUs left to do, and looks after the backend. Never fails, and takes no
+    /// longer than one conversation may: a device that loses its backend waits for another one,
+    /// and the VM lives on.
     pub fn process(&mut self, memory: &GuestMemoryMmap) {
-        // The eventfd is non-blocking; whether it held anything does not matter.
+        let deadline = self.deadline();
+        // Written by vCPUs alone, and non-blocking; whether it held anything does not matter.
         drop(self.wake.read());
         self.look_after_backend();
         let work = self.function.take_work();
-        for write in &work.config_writes {
-            self.write_config(write);
-        }
+        self.write_config(&work.config_writes, deadline);
         match work.request {
             Request::Nothing => {}
-            Request::Start(activation) => self.start(&activation, memory),
+            Request::Start(activation) => self.start(&activation, memory, deadline),
             Request::Reset => {
-                self.stop();
-                self.refused = false;
-                self.function.finish_reset();
+                self.stop(deadline);
+                if self.is_still() {
+                    self.forget_driver();
+                    self.function.finish_reset();
+                } else {
+                    log::warn!("{}: a reset waits for its former backend's end", self.name);
+                }
             }
         }
     }
 
     /// Back to power-on, with every vCPU stopped: the backend serves nothing, the driver is
-    /// forgotten. The bus resets the configuration space.
+    /// forgotten. The bus resets the configuration space. The VM may run again once
+    /// [`VirtioDevice::is_still`].
     pub fn reset(&mut self) {
-        self.stop();
-        self.refused = false;
+        self.look_after_backend();
+        self.stop(self.deadline());
+        self.forget_driver();
         self.function.power_on();
     }
 
-    fn look_after_backend(&mut self) {
-        let Some(backend) = &self.backend else { return };
-        let error = match backend.link_state() {
-            Some(LinkState::Closed) => FrontendError::HungUp,
-            Some(LinkState::Unasked) => FrontendError::Unasked,
-            Some(LinkState::Quiet) if is_readable(&backend.kept().error_event) => {
-                FrontendError::Ring
-            }
-            Some(LinkState::Quiet) | None => return,
-        };
-        self.give_up(error);
+    fn deadline(&self) -> Deadline {
+        let limits = self.backend.as_ref().map(|backend| backend.kept().config.limits);
+        Deadline::after(limits.unwrap_or_default().converse)
     }
 
-    fn start(&mut self, activation: &Activation, memory: &GuestMemoryMmap) {
+    /// Notices a backend that is gone, or has something to complain of.
+    pub fn look_after_backend(&mut self) {
+        let Some(backend) = &self.backend else { return };
+        match backend.link_state() {
+            Some(LinkState::Closed) => self.give_up(FrontendError::HungUp),
+            Some(LinkState::Unasked) => self.give_up(FrontendError::Unasked),
+            Some(LinkState::Quiet) if shared_event::is_raised(&backend.kept().error_event) => {
+                self.complain_of_ring();
+            }
+            Some(LinkState::Quiet) | None => {}
+        }
+    }
+
+    /// The backend can't go on with a ring: it is the driver that fills them. The connection is as
+    /// good as before.
+    fn complain_of_ring(&mut self) {
+        let Some(backend) = &self.backend else { return };
+        if self.unusable {
+            return;
+        }
+        log::warn!("{}: its backend reported an error on a ring", self.name);
+        // It is looked at again after a reset: until then a backend may write as often as it likes.
+        self.unwatch_backend(&[descriptor(&backend.kept().error_event)]);
+        self.unusable = true;
+        self.function.needs_reset();
+    }
+
+    fn start(&mut self, activation: &Activation, memory: &GuestMemoryMmap, deadline: Deadline) {
         match self.backend.take() {
-            Some(Backend::Negotiated(backend)) if !self.refused => {
-                match backend.start(activation, memory) {
+            Some(Backend::Negotiated(backend)) if !self.unusable => {
+                match backend.start(activation, memory, deadline) {
                     Ok(running) => {
                         log::info!("{}: the driver is ready", self.name);
                         self.backend = Some(Backend::Running(running));
                     }
-                    Err(StartError::Driver(backend, outside)) => {
-                        log::warn!("{}: the driver's {outside}", self.name);
+                    Err(StartError::Driver(backend, fault)) => {
+                        log::warn!("{}: the driver's {fault}", self.name);
                         self.backend = Some(Backend::Negotiated(*backend));
-                        self.refused = true;
+                        self.unusable = true;
                         self.function.needs_reset();
                     }
                     Err(StartError::Lost(lost)) => self.lose(lost),
                 }
             }
-            Some(Backend::Lost(kept)) => {
-                self.backend = Some(Backend::Lost(kept));
-                self.function.needs_reset();
-            }
+            // A driver that comes while there is no backend is started with the next one.
             other => self.backend = other,
         }
     }
 
-    fn stop(&mut self) {
+    fn stop(&mut self, deadline: Deadline) {
         match self.backend.take() {
-            Some(Backend::Running(backend)) => match backend.stop() {
+            Some(Backend::Running(backend)) => match backend.stop(deadline) {
                 Ok(backend) => self.backend = Some(Backend::Negotiated(backend)),
                 Err(lost) => self.lose(lost),
             },
@@ -190,10 +253,36 @@ impl VirtioDevice {
         }
     }
 
-    fn write_config(&mut self, write: &ConfigWrite) {
+    /// The driver is gone and nothing of it is left with a backend.
+    fn forget_driver(&mut self) {
+        if let Some(Backend::Absent(absent)) = &mut self.backend {
+            absent.forget_driver();
+        }
+        if std::mem::take(&mut self.unusable)
+            && let Some(backend) = &self.backend
+        {
+            shared_event::drain(&backend.kept().error_event);
+            if self.is_alive()
+                && let Err(error) = self.watch_error_event()
+            {
+                log::warn!("{}: {}", self.name, error_chain(&error));
+            }
+        }
+    }
+
+    fn write_config(&mut self, writes: &[ConfigWrite], deadline: Deadline) {
         let Some(backend) = &mut self.backend else { return };
-        match backend.write_config(write) {
-            Ok(()) => self.function.set_config(&backend.kept().config_cache),
+        let written = match backend {
+            Backend::Negotiated(backend) => backend.write_config(writes, deadline),
+            Backend::Running(backend) => backend.write_config(writes, deadline),
+            Backend::Absent(absent) => {
+                absent.write_config(writes);
+                return;
+            }
+        };
+        match written {
+            Ok(()) if writes.is_empty() => {}
+            Ok(()) => self.function.set_config(backend.kept().configuration.bytes()),
             Err(error) => self.give_up(error),
         }
     }
@@ -202,54 +291,48 @@ impl VirtioDevice {
         match self.backend.take() {
             Some(Backend::Negotiated(backend)) => self.lose(backend.give_up(error)),
             Some(Backend::Running(backend)) => self.lose(backend.give_up(error)),
-            lost => self.backend = lost,
+            absent => self.backend = absent,
         }
     }
 
     /// The connection is over. Closing it is not enough to be rid of its events: other processes
     /// may hold the same descriptors.
     fn lose(&mut self, lost: Lost) {
-        log::error!("{}: lost its backend: {}", self.name, error_chain(&lost.error));
-        for fd in [lost.as_fd(), descriptor(&lost.kept.error_event)] {
-            if let Err(error) = epoll::delete(&self.ready, fd) {
-                log::warn!("{}: cannot stop watching a descriptor: {error}", self.name);
+        let reason = error_chain(&lost.error);
+        log::error!("{}: lost its backend: {reason}", self.name);
+        self.loss = Some(reason);
+        self.unwatch_backend(&[lost.as_fd()]);
+        let absent = lost.into_absent();
+        self.unwatch_backend(&[descriptor(&absent.kept().error_event)]);
+        self.backend = Some(Backend::Absent(absent));
+    }
+
+    fn watch_backend(&self) -> Result<(), DeviceError> {
+        match &self.backend {
+            Some(Backend::Negotiated(backend)) => watch(&self.ready, backend.as_fd())?,
+            Some(Backend::Running(backend)) => watch(&self.ready, backend.as_fd())?,
+            Some(Backend::Absent(_)) | None => return Ok(()),
+        }
+        self.watch_error_event()
+    }
+
+    /// A driver that has to reset has broken its rings already.
+    fn watch_error_event(&self) -> Result<(), DeviceError> {
+        match &self.backend {
+            Some(backend) if !self.unusable => {
+                watch(&self.ready, descriptor(&backend.kept().error_event))
             }
-        }
-        self.backend = Some(Backend::Lost(lost.kept));
-        self.function.needs_reset();
-    }
-}
-
-/// Whether something is in an eventfd that the backend holds too. It is looked at and not read: a
-/// backend may make it blocking at any time, and the control thread must not wait for a backend.
-fn is_readable(event: &EventFd) -> bool {
-    let event = descriptor(event);
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    poll(&mut [PollFd::new(&event, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready == 1)
-}
-
-impl Backend {
-    fn kept(&self) -> &Kept {
-        match self {
-            Self::Negotiated(backend) => backend.kept(),
-            Self::Running(backend) => backend.kept(),
-            Self::Lost(kept) => kept,
+            _ => Ok(()),
         }
     }
 
-    fn link_state(&self) -> Option<LinkState> {
-        match self {
-            Self::Negotiated(backend) => Some(backend.link_state()),
-            Self::Running(backend) => Some(backend.link_state()),
-            Self::Lost(_) => None,
-        }
-    }
-
-    fn write_config(&mut self, write: &ConfigWrite) -> Result<(), FrontendError> {
-        match self {
-            Self::Negotiated(backend) => backend.write_config(write),
-            Self::Running(backend) => backend.write_config(write),
-            Self::Lost(_) => Ok(()),
+    fn unwatch_backend(&self, fds: &[BorrowedFd<'_>]) {
+        for fd in fds {
+            match epoll::delete(&self.ready, fd) {
+                // An error event is not watched while the driver has to reset.
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(error) => log::warn!("{}: cannot stop watching: {error}", self.name),
+            }
         }
     }
 }
@@ -263,7 +346,7 @@ fn function(
 ) -> Result<VirtioFunction, DeviceError> {
     let own = |event: &EventFd| event.try_clone().map_err(host("duplicate an eventfd"));
     let sizes = vec![kept.config.queue_size; kept.vrings.len()];
-    let config = kept.config_cache.clone();
+    let config = kept.configuration.bytes().to_vec();
     let config_len_bytes = u16::try_from(config.len()).unwrap_or(u16::MAX);
     let writable = kept.config_is_writable();
     let mut events =
@@ -290,8 +373,10 @@ fn event() -> Result<EventFd, DeviceError> {
 fn watch(ready: &OwnedFd, fd: BorrowedFd<'_>) -> Result<(), DeviceError> {
     let events = epoll::EventFlags::IN | epoll::EventFlags::RDHUP;
     // Nobody reads the instance's events: which one is ready is found out by looking.
-    epoll::add(ready, fd, epoll::EventData::new_u64(0), events)
-        .map_err(|errno| host("watch a descriptor")(errno.into()))
+    match epoll::add(ready, fd, epoll::EventData::new_u64(0), events) {
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Err(errno) => Err(host("watch a descriptor")(errno.into())),
+    }
 }
 
 impl fmt::Debug for VirtioDevice {

@@ -9,6 +9,9 @@ pub const VERSION_1: u64 = 1 << 32;
 /// vhost-user's own bit: the backend knows protocol features. Not a guest's business.
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 
+/// Requests are answered in the order in which they were made.
+pub const IN_ORDER: u64 = 1 << 35;
+
 /// Bits that never reach a guest.
 const WITHHELD: u64 = 1 << 24 // NOTIFY_ON_EMPTY: legacy only.
     | 1 << 26 // VHOST_F_LOG_ALL: between frontend and backend.

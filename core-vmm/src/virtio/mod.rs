@@ -51,7 +51,7 @@ pub mod pci_registers;
 mod startup;
 pub mod watchdog;
 
-pub use device::{DeviceError, Services, VirtioDevice};
+pub use device::{DeviceError, RequestError, Services, VirtioDevice};
 pub use device_kind::DeviceKind;
 pub use doorbell::Doorbells;
 pub use frontend::{DeviceConfig, FrontendError, Negotiated, connect};

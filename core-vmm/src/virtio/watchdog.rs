@@ -54,6 +54,27 @@ pub struct Watch {
     conversation: Arc<Conversation>,
 }
 
+/// Until when several conversations may take, all together.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadline {
+    at: Instant,
+    limit: Duration,
+}
+
+impl Deadline {
+    /// From now on.
+    #[must_use]
+    pub fn after(limit: Duration) -> Self {
+        Self { at: Instant::now() + limit, limit }
+    }
+
+    /// How long it was at the start.
+    #[must_use]
+    pub fn limit_ms(&self) -> u128 {
+        self.limit.as_millis()
+    }
+}
+
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Watched> {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
@@ -88,15 +109,15 @@ impl Watchdog {
         Ok(Self { _alive: Arc::new(Alive(Arc::clone(&shared))), shared })
     }
 
-    /// Shuts `socket` down unless the returned [`Watch`] is dropped within `limit`.
+    /// Shuts `socket` down unless the returned [`Watch`] is dropped by `deadline`.
     ///
     /// # Errors
     ///
     /// Fails if the process has no descriptor left.
-    pub fn watch(&self, socket: &UnixStream, limit: Duration) -> io::Result<Watch> {
+    pub fn watch(&self, socket: &UnixStream, deadline: Deadline) -> io::Result<Watch> {
         let conversation = Arc::new(Conversation {
             socket: socket.try_clone()?,
-            deadline: Instant::now() + limit,
+            deadline: deadline.at,
             expired: AtomicBool::new(false),
         });
         self.shared.lock().conversations.push(Arc::clone(&conversation));
@@ -161,7 +182,7 @@ mod tests {
     fn a_silent_peer_is_cut_off_when_the_time_is_over() {
         let watchdog = Watchdog::start(|| Ok(())).unwrap();
         let (mut socket, _silent) = UnixStream::pair().unwrap();
-        let watch = watchdog.watch(&socket, Duration::from_millis(20)).unwrap();
+        let watch = watchdog.watch(&socket, Deadline::after(Duration::from_millis(20))).unwrap();
         assert_eq!(socket.read(&mut [0; 1]).unwrap(), 0);
         assert!(watch.expired());
     }
@@ -171,9 +192,9 @@ mod tests {
         let watchdog = Watchdog::start(|| Ok(())).unwrap();
         let (mut kept, peer) = UnixStream::pair().unwrap();
         let (mut cut, _silent) = UnixStream::pair().unwrap();
-        let long = watchdog.watch(&kept, Duration::from_secs(60)).unwrap();
-        drop(watchdog.watch(&kept, Duration::from_millis(1)).unwrap());
-        let short = watchdog.watch(&cut, Duration::from_millis(20)).unwrap();
+        let long = watchdog.watch(&kept, Deadline::after(Duration::from_secs(60))).unwrap();
+        drop(watchdog.watch(&kept, Deadline::after(Duration::from_millis(1))).unwrap());
+        let short = watchdog.watch(&cut, Deadline::after(Duration::from_millis(20))).unwrap();
         assert_eq!(cut.read(&mut [0; 1]).unwrap(), 0, "the later, shorter one is seen");
         assert!(short.expired() && !long.expired());
         (&peer).write_all(b"x").unwrap();

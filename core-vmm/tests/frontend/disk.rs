@@ -1,4 +1,4 @@
-//! The frontend against whole programs: a disk of QEMU's, and our own, killed in the end.
+//! The frontend against whole programs: a disk of QEMU's, and our own, killed and replaced.
 
 use std::fs::File;
 use std::path::Path;
@@ -6,8 +6,8 @@ use std::path::Path;
 use core_vmm::virtio::{DeviceConfig, DeviceKind};
 
 use crate::guest::Guest;
+use crate::negotiate;
 use crate::program::{Program, built};
-use crate::{NEEDS_RESET, negotiate};
 
 const BLOCK: DeviceKind = DeviceKind(2);
 const SECTOR_BYTES: usize = 512;
@@ -37,12 +37,12 @@ fn nacre_blk() -> Option<Program> {
     })
 }
 
-/// One request; what was read, if anything was to be.
-fn request(guest: &mut Guest, kind: u32, sector: u64, data: &[u8]) -> Vec<u8> {
+/// Makes one request, and says which of its parts the status is.
+fn submit(guest: &mut Guest, kind: u32, sector: u64, data: &[u8]) -> u16 {
     let mut header = [0; 16];
     header[..4].copy_from_slice(&kind.to_le_bytes());
     header[8..].copy_from_slice(&sector.to_le_bytes());
-    let status = match kind {
+    match kind {
         READ => {
             guest.submit_parts(0, &[&header], &[SECTOR_BYTES, 1]);
             2
@@ -55,15 +55,25 @@ fn request(guest: &mut Guest, kind: u32, sector: u64, data: &[u8]) -> Vec<u8> {
             guest.submit_parts(0, &[&header], &[1]);
             1
         }
-    };
+    }
+}
+
+fn await_answer(guest: &mut Guest, status: u16) {
     guest.run_until("the disk answers", |guest| {
         guest.take_interrupt(0) && guest.written(0, status, 1).is_some()
     });
     assert_eq!(guest.written(0, status, 1).unwrap(), [OK]);
+}
+
+/// One request; what was read, if anything was to be.
+fn request(guest: &mut Guest, kind: u32, sector: u64, data: &[u8]) -> Vec<u8> {
+    let status = submit(guest, kind, sector, data);
+    await_answer(guest, status);
     guest.written(0, 1, SECTOR_BYTES).unwrap()
 }
 
-fn use_and_lose(mut program: Program) {
+/// With `tracks` the backend marks what is in flight, so that more than a crash in peace is mended.
+fn use_and_replace(mut program: Program, tracks: bool) {
     let backend = negotiate(DeviceConfig::new("disk", BLOCK), &program.socket).unwrap();
     let mut guest = Guest::new(backend);
     for round in 1..=3_u8 {
@@ -75,16 +85,29 @@ fn use_and_lose(mut program: Program) {
         assert_eq!(request(&mut guest, READ, 8, &[]), [0; SECTOR_BYTES]);
     }
     program.kill();
-    guest.run_until("it is noticed", |guest| guest.status() == 15 | NEEDS_RESET);
+    guest.run_until("it is noticed", |guest| !guest.device.is_alive());
     assert!(guest.is_quiet());
+    assert_eq!(guest.status(), 15, "the driver sees nothing of it");
+    if tracks {
+        submit(&mut guest, WRITE, 9, &[9; SECTOR_BYTES]);
+    }
+    program.restart();
+    guest.reconnect(&program.socket).unwrap();
+    if tracks {
+        await_answer(&mut guest, 2);
+    } else {
+        request(&mut guest, WRITE, 9, &[9; SECTOR_BYTES]);
+    }
+    assert_eq!(request(&mut guest, READ, 9, &[]), [9; SECTOR_BYTES]);
+    assert_eq!(request(&mut guest, READ, 7, &[]), [3; SECTOR_BYTES]);
 }
 
 #[test]
-fn a_disk_of_qemus_is_used_reset_and_lost() {
-    qemu_storage_daemon().into_iter().for_each(use_and_lose);
+fn a_disk_of_qemus_is_used_reset_killed_and_replaced() {
+    qemu_storage_daemon().into_iter().for_each(|disk| use_and_replace(disk, false));
 }
 
 #[test]
-fn a_disk_of_ours_is_used_reset_and_lost() {
-    nacre_blk().into_iter().for_each(use_and_lose);
+fn a_disk_of_ours_is_used_reset_killed_and_replaced() {
+    nacre_blk().into_iter().for_each(|disk| use_and_replace(disk, true));
 }

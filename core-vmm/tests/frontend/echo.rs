@@ -1,10 +1,12 @@
 //! A backend by other hands: `vhost-user-backend`, with a device that answers in capitals.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
 
 use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -12,6 +14,9 @@ use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringMutex, Vring
 use virtio_queue::QueueOwnedT;
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{
+    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
+};
 
 pub(crate) const VERSION_1: u64 = 1 << 32;
 pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -23,6 +28,7 @@ pub(crate) struct Manner {
     pub(crate) features: u64,
     pub(crate) protocol: VhostUserProtocolFeatures,
     pub(crate) queues: usize,
+    pub(crate) config: [u8; 8],
     /// It never comes back from the memory table until told so.
     pub(crate) hangs: Option<Arc<Hang>>,
 }
@@ -54,6 +60,7 @@ impl Default for Manner {
                 | VhostUserProtocolFeatures::REPLY_ACK
                 | VhostUserProtocolFeatures::RESET_DEVICE,
             queues: 2,
+            config: *b"echo0123",
             hangs: None,
         }
     }
@@ -71,6 +78,7 @@ struct Echo {
     seen: Arc<Seen>,
     config: [u8; 8],
     memory: Option<GuestMemoryAtomic<GuestMemoryMmap>>,
+    exit: (EventConsumer, EventNotifier),
 }
 
 impl VhostUserBackendMut for Echo {
@@ -123,6 +131,10 @@ impl VhostUserBackendMut for Echo {
         Ok(())
     }
 
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        Some((self.exit.0.try_clone().unwrap(), self.exit.1.try_clone().unwrap()))
+    }
+
     fn handle_event(
         &mut self,
         queue: u16,
@@ -152,6 +164,7 @@ impl VhostUserBackendMut for Echo {
 pub(crate) struct Backend {
     pub(crate) socket: UnixStream,
     pub(crate) seen: Arc<Seen>,
+    daemon: JoinHandle<()>,
 }
 
 impl Backend {
@@ -163,13 +176,21 @@ impl Backend {
         let address = SocketAddr::from_abstract_name(name).unwrap();
         let mut listener = Listener::from(UnixListener::bind_addr(&address).unwrap());
         let seen = Arc::<Seen>::default();
-        let echo = Echo { manner, seen: Arc::clone(&seen), config: *b"echo0123", memory: None };
+        let config = manner.config;
+        let exit = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
+        let echo = Echo { manner, seen: Arc::clone(&seen), config, memory: None, exit };
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let echo = Arc::new(Mutex::new(echo));
         let mut daemon = VhostUserDaemon::new("echo".to_owned(), echo, memory).unwrap();
         let socket = UnixStream::connect_addr(&address).unwrap();
         daemon.start(&mut listener).unwrap();
-        std::thread::spawn(move || drop(daemon.wait()));
-        Self { socket, seen }
+        let daemon = std::thread::spawn(move || drop(daemon.wait()));
+        Self { socket, seen, daemon }
+    }
+
+    /// Hangs up and is gone, as a process that is killed.
+    pub(crate) fn end(self) {
+        self.socket.shutdown(Shutdown::Both).unwrap();
+        self.daemon.join().unwrap();
     }
 }

@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use core_vmm::bus::BusDevice;
 use core_vmm::interrupt::{Gsi, Irqchip, MsiRoute, MsiRouter};
 use core_vmm::pci::{AddressRange, Ecam, MmioWindow, PciBus, PciWindows};
-use core_vmm::virtio::{Doorbells, Negotiated, Services, VirtioDevice};
+use core_vmm::virtio::{Doorbells, Negotiated, RequestError, Services, VirtioDevice};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
@@ -165,6 +166,11 @@ impl Guest {
 
     pub(crate) fn status(&self) -> u64 {
         self.read(0x14, 1)
+    }
+
+    /// Gives the device another backend, as the supervisor does.
+    pub(crate) fn reconnect(&mut self, socket: &UnixStream) -> Result<(), RequestError> {
+        self.device.reconnect(socket.try_clone().unwrap(), &self.memory)
     }
 
     /// Runs the control loop until `done` holds.

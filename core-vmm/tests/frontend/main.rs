@@ -11,10 +11,10 @@ mod echo;
 mod guest;
 mod program;
 mod programs;
+mod replaced;
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ use core_vmm::virtio::{
 };
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
-use crate::echo::{Backend, Hang, Manner, PROTOCOL_FEATURES, VERSION_1};
+use crate::echo::{Backend, Manner, PROTOCOL_FEATURES, VERSION_1};
 use crate::guest::{CONFIG_VECTOR, Guest};
 
 const NEEDS_RESET: u64 = 64;
@@ -192,29 +192,6 @@ fn registers_are_reached_by_configuration_space_too() {
 }
 
 #[test]
-fn a_backend_that_hangs_up_costs_the_device_and_not_the_vm() {
-    let (mut guest, backend) = guest_with(Manner::default());
-    guest.bring_up();
-    assert_eq!(guest.request(0, b"alive"), b"ALIVE");
-    backend.socket.shutdown(std::net::Shutdown::Both).unwrap();
-    guest.run_until("the driver is told", |guest| guest.take_interrupt(CONFIG_VECTOR));
-    assert_eq!(guest.status(), 15 | NEEDS_RESET);
-    assert!(!guest.device.is_alive());
-    assert!(guest.is_quiet(), "a closed socket does not keep the control loop busy");
-    guest.bring_up();
-    guest.run_until("a new try fails too", |guest| guest.status() & NEEDS_RESET != 0);
-    guest.reset();
-}
-
-#[test]
-fn a_backend_that_hangs_up_before_the_driver_came_is_noticed() {
-    let (mut guest, backend) = guest_with(Manner::default());
-    backend.socket.shutdown(std::net::Shutdown::Both).unwrap();
-    guest.run_until("it is noticed", |guest| !guest.device.is_alive());
-    assert_eq!(guest.status(), 0, "there is no driver to tell");
-}
-
-#[test]
 fn a_backend_that_speaks_unasked_is_given_up() {
     let (mut guest, peer) = {
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -283,23 +260,6 @@ fn a_backend_that_hangs_up_during_the_handshake_is_an_error_at_once() {
     drop(theirs);
     let error = negotiate(config(), &ours).unwrap_err();
     assert!(matches!(error, FrontendError::Conversation { .. }), "{error}");
-}
-
-#[test]
-fn a_backend_that_hangs_when_the_driver_is_ready_costs_the_device_and_not_the_vm() {
-    let hang = Arc::<Hang>::default();
-    let manner = Manner { hangs: Some(Arc::clone(&hang)), ..Manner::default() };
-    let backend = Backend::start(manner);
-    let limits = Limits { converse: Duration::from_millis(50), ..Limits::default() };
-    let config = DeviceConfig { limits, ..config() };
-    let mut guest = Guest::new(negotiate(config, &backend.socket).unwrap());
-    let started = Instant::now();
-    guest.bring_up();
-    guest.run_until("the driver is told", |guest| guest.take_interrupt(CONFIG_VECTOR));
-    assert!(started.elapsed() < Duration::from_secs(5));
-    assert_eq!(guest.status(), 15 | NEEDS_RESET);
-    assert!(!guest.device.is_alive());
-    hang.end();
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Backends that are programs of their own.
 
 use std::ffi::OsString;
+use std::fs;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -11,9 +12,11 @@ use tempfile::TempDir;
 
 /// A backend, killed at the end.
 pub(crate) struct Program {
+    path: PathBuf,
+    arguments: Vec<OsString>,
     child: Child,
     pub(crate) socket: UnixStream,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Drop for Program {
@@ -41,30 +44,54 @@ impl Program {
     ) -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
         let (served, socket) = (folder.path().join("served"), folder.path().join("socket"));
-        let started =
-            Command::new(program).args(arguments(&served, &socket)).stdin(Stdio::null()).spawn();
-        let child = match started {
+        let arguments = arguments(&served, &socket);
+        let child = match launch(program, &arguments) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 eprintln!("SKIPPED: there is no {}", program.display());
                 return None;
             }
             other => other.unwrap(),
         };
-        let deadline = Instant::now() + Duration::from_secs(20);
-        let socket = loop {
-            match UnixStream::connect(&socket) {
-                Ok(socket) => break socket,
-                Err(error) => {
-                    assert!(Instant::now() < deadline, "{program:?} does not listen: {error}");
-                }
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        };
-        Some(Self { child, socket, _folder: folder })
+        let socket = connect(program, &socket);
+        Some(Self { path: program.to_owned(), arguments, child, socket, folder })
     }
 
     /// Ends it as a crash would.
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Starts it again, with the same arguments and a new connection. It has ended before.
+    pub(crate) fn restart(&mut self) {
+        let socket = self.folder.path().join("socket");
+        fs::remove_file(&socket).ok();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        // What the kernel does for a process after its end, such as giving up a lock, takes time.
+        while !socket.exists() {
+            assert!(Instant::now() < deadline, "{:?} does not start again", self.path);
+            self.child = launch(&self.path, &self.arguments).unwrap();
+            while !socket.exists() && self.child.try_wait().unwrap().is_none() {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
+        self.socket = connect(&self.path, &socket);
+    }
+}
+
+fn launch(program: &Path, arguments: &[OsString]) -> io::Result<Child> {
+    Command::new(program).args(arguments).stdin(Stdio::null()).spawn()
+}
+
+fn connect(program: &Path, socket: &Path) -> UnixStream {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        match UnixStream::connect(socket) {
+            Ok(socket) => return socket,
+            Err(error) => {
+                assert!(Instant::now() < deadline, "{program:?} does not listen: {error}");
+            }
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -1,19 +1,19 @@
 //! The first conversation: who are you, and what can you do?
 
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
 
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
 use super::DeviceConfig;
+use super::configuration::Configuration;
 use super::kept::Kept;
 use super::link::{FrontendError, Link};
-use super::rings::Negotiated;
+use super::session::Negotiated;
 use crate::virtio::bar_layout::{MAX_CONFIG_LEN_BYTES, MAX_QUEUES};
 use crate::virtio::features::{PROTOCOL_FEATURES, VERSION_1};
-use crate::virtio::watchdog::Watchdog;
+use crate::virtio::watchdog::{Deadline, Watchdog};
 
 /// Largest queue (virtio 1.3, section 2.7).
 const MAX_QUEUE_SIZE: u16 = 1 << 15;
@@ -22,14 +22,16 @@ const MAX_QUEUE_SIZE: u16 = 1 << 15;
 pub struct Connected {
     link: Link,
     config: DeviceConfig,
+    watchdog: Watchdog,
 }
 
 /// What the backend answered about itself.
-struct Offer {
-    features: u64,
-    protocol: VhostUserProtocolFeatures,
+pub(super) struct Offer {
+    pub(super) features: u64,
+    /// Those that are wanted and offered, and agreed upon now.
+    pub(super) protocol: VhostUserProtocolFeatures,
     /// How many queues it says it has, if it can say.
-    queues: Option<u64>,
+    pub(super) queues: Option<u64>,
 }
 
 /// The protocol features that we have a use for.
@@ -39,6 +41,7 @@ fn wanted() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
 }
 
 impl Connected {
@@ -62,7 +65,7 @@ impl Connected {
             return Err(FrontendError::ConfigLength { len_bytes });
         }
         let link = Link::new(socket, config.queues.unwrap_or(MAX_QUEUES), watchdog)?;
-        Ok(Self { link, config })
+        Ok(Self { link, config, watchdog: watchdog.clone() })
     }
 
     /// Asks the backend for everything that stays constant.
@@ -71,22 +74,21 @@ impl Connected {
     ///
     /// Fails if the backend hangs, hangs up, answers nonsense, or can't serve this device.
     pub fn negotiate(mut self) -> Result<Negotiated, FrontendError> {
-        let limit = self.config.limits.negotiate;
-        let deadline = Instant::now() + limit;
-        let supervisor_knows_queues = self.config.queues.is_some();
-        let offer = self.link.converse("say what it offers", limit, |frontend| {
-            Offer::ask(frontend, !supervisor_knows_queues)
+        let deadline = Deadline::after(self.config.limits.negotiate);
+        let ask_queues = self.config.queues.is_none();
+        let offer = self.link.converse("say what it offers", deadline, |frontend| {
+            Offer::ask(frontend, wanted(), ask_queues)
         })?;
         if offer.features & VERSION_1 == 0 {
             return Err(FrontendError::NoVersion1 { features: offer.features });
         }
         let queues = self.queue_count(offer.queues)?;
-        let mut kept = Kept::new(self.config, offer.features, offer.protocol, queues)?;
-        let rest = deadline.saturating_duration_since(Instant::now());
-        if let Some(config) = read_config(&mut self.link, &kept, rest)? {
-            kept.config_cache = config;
+        let features = (offer.features, offer.protocol);
+        let mut kept = Kept::new(self.config, features, queues, self.watchdog)?;
+        if let Some(config) = read_config(&mut self.link, &kept, deadline)? {
+            kept.configuration = Configuration::new(config);
         }
-        Ok(Negotiated::new(self.link, kept))
+        Ok(Negotiated::new(self.link, Box::new(kept)))
     }
 
     fn queue_count(&self, offered: Option<u64>) -> Result<u16, FrontendError> {
@@ -101,7 +103,12 @@ impl Connected {
 }
 
 impl Offer {
-    fn ask(frontend: &mut Frontend, ask_queues: bool) -> vhost::Result<Self> {
+    /// Asks, and agrees upon what is offered of the protocol features that are `wanted`.
+    pub(super) fn ask(
+        frontend: &mut Frontend,
+        wanted: VhostUserProtocolFeatures,
+        ask_queues: bool,
+    ) -> vhost::Result<Self> {
         frontend.set_owner()?;
         let features = frontend.get_features()?;
         let mut offer =
@@ -109,7 +116,7 @@ impl Offer {
         if features & PROTOCOL_FEATURES == 0 {
             return Ok(offer);
         }
-        offer.protocol = frontend.get_protocol_features()? & wanted();
+        offer.protocol = frontend.get_protocol_features()? & wanted;
         frontend.set_protocol_features(offer.protocol)?;
         if ask_queues && offer.protocol.contains(VhostUserProtocolFeatures::MQ) {
             offer.queues = Some(frontend.get_queue_num()?);
@@ -122,7 +129,7 @@ impl Offer {
 pub(super) fn read_config(
     link: &mut Link,
     kept: &Kept,
-    limit: Duration,
+    deadline: Deadline,
 ) -> Result<Option<Vec<u8>>, FrontendError> {
     let usual = || {
         kept.config.config_bytes.as_ref().map_or(kept.config.kind.config_len_bytes(), |bytes| {
@@ -133,7 +140,7 @@ pub(super) fn read_config(
     if !kept.has(VhostUserProtocolFeatures::CONFIG) || len == 0 {
         return Ok(None);
     }
-    let (_header, config) = link.converse("give its configuration", limit, |frontend| {
+    let (_header, config) = link.converse("give its configuration", deadline, |frontend| {
         let buffer = vec![0; len.into()];
         frontend.get_config(0, len.into(), VhostUserConfigFlags::empty(), &buffer)
     })?;

@@ -4,28 +4,36 @@ use vhost::VhostUserMemoryRegionInfo;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::base::Base;
+use super::configuration::Configuration;
+use super::inflight::InflightRegion;
 use super::{DeviceConfig, FrontendError};
 use crate::virtio::features;
-use crate::virtio::pci_registers::QueueLayout;
+use crate::virtio::pci_registers::{Activation, QueueLayout};
+use crate::virtio::watchdog::Watchdog;
 
 /// All that a backend was told or said, enough to tell it to another one in its place.
 pub struct Kept {
     /// What the supervisor said.
     pub config: DeviceConfig,
-    /// Features that the backend offered, with those that never reach a guest.
+    /// Features that every backend so far offered, with those that never reach a guest.
     pub backend_features: u64,
     /// Protocol features that were agreed upon.
     pub protocol_features: VhostUserProtocolFeatures,
     /// The device's configuration as the backend last gave it, or else the supervisor.
-    pub config_cache: Vec<u8>,
+    pub configuration: Configuration,
     /// What the driver acknowledged; 0 before it is ready.
     pub acknowledged: u64,
     /// One for each queue.
     pub vrings: Vec<Vring>,
     /// The memory that the backend has mapped.
     pub memory: Vec<VhostUserMemoryRegionInfo>,
+    /// Where the backend marks what is in flight: this driver's, if the backend can.
+    pub inflight: Option<InflightRegion>,
     /// The backend's end of it signals errors of any ring.
     pub error_event: EventFd,
+    /// Bounds the conversations.
+    pub(super) watchdog: Watchdog,
 }
 
 /// One queue, as its backend knows it.
@@ -37,27 +45,29 @@ pub struct Vring {
     pub call: EventFd,
     /// Where the driver put it, if it is enabled.
     pub layout: Option<QueueLayout>,
-    /// Where the backend stopped: the next entry of the available ring it would have taken.
-    pub last_base: u16,
+    /// Where the next backend goes on.
+    pub base: Base,
 }
 
 impl Kept {
     pub(super) fn new(
         config: DeviceConfig,
-        backend_features: u64,
-        protocol_features: VhostUserProtocolFeatures,
+        (backend_features, protocol_features): (u64, VhostUserProtocolFeatures),
         queues: u16,
+        watchdog: Watchdog,
     ) -> Result<Self, FrontendError> {
         let vrings = (0..queues).map(|_| Vring::new()).collect::<Result<_, _>>()?;
         Ok(Self {
-            config_cache: config.config_bytes.clone().unwrap_or_default(),
+            configuration: Configuration::new(config.config_bytes.clone().unwrap_or_default()),
             config,
             backend_features,
             protocol_features,
             acknowledged: 0,
             vrings,
             memory: Vec::new(),
+            inflight: None,
             error_event: event()?,
+            watchdog,
         })
     }
 
@@ -73,6 +83,12 @@ impl Kept {
         self.protocol_features.contains(VhostUserProtocolFeatures::CONFIG)
     }
 
+    /// Whether a driver's rings were handed to a backend, and not reset since.
+    #[must_use]
+    pub fn has_driver(&self) -> bool {
+        self.acknowledged != 0
+    }
+
     pub(super) fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
         self.protocol_features.contains(feature)
     }
@@ -81,11 +97,31 @@ impl Kept {
     pub(super) fn enables_rings(&self) -> bool {
         self.backend_features & features::PROTOCOL_FEATURES != 0
     }
+
+    /// A driver is ready, with rings that nobody has served yet.
+    pub(super) fn take_driver(&mut self, activation: &Activation) {
+        self.acknowledged = activation.features;
+        for (vring, layout) in self.vrings.iter_mut().zip(&activation.queues) {
+            vring.layout = *layout;
+            vring.base = Base::Exact(0);
+        }
+    }
+
+    /// The driver has reset the device: nothing of it is ever told to a backend again.
+    pub(super) fn forget_driver(&mut self) {
+        self.acknowledged = 0;
+        self.inflight = None;
+        self.configuration.forget_driver();
+        for vring in &mut self.vrings {
+            vring.layout = None;
+            vring.base = Base::Exact(0);
+        }
+    }
 }
 
 impl Vring {
     fn new() -> Result<Self, FrontendError> {
-        Ok(Self { kick: event()?, call: event()?, layout: None, last_base: 0 })
+        Ok(Self { kick: event()?, call: event()?, layout: None, base: Base::Exact(0) })
     }
 }
 

@@ -3,12 +3,11 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::Frontend;
 
-use crate::virtio::watchdog::Watchdog;
+use crate::virtio::watchdog::{Deadline, Watchdog};
 
 /// Why a device has no backend (any more).
 #[derive(Debug, thiserror::Error)]
@@ -109,27 +108,27 @@ impl Link {
         max_queues: u16,
         watchdog: &Watchdog,
     ) -> Result<Self, FrontendError> {
-        let own = socket.try_clone().map_err(|source| FrontendError::Host {
-            what: "duplicate a backend's socket",
-            source,
-        })?;
+        let host = |what| move |source| FrontendError::Host { what, source };
+        // Whoever made it may have had other plans with it.
+        socket.set_nonblocking(false).map_err(host("make a backend's socket wait"))?;
+        let own = socket.try_clone().map_err(host("duplicate a backend's socket"))?;
         let frontend = Frontend::from_stream(socket, max_queues.into());
         Ok(Self { frontend, socket: own, watchdog: watchdog.clone() })
     }
 
-    /// Talks with the backend to make it do `step`, for at most `limit`.
+    /// Talks with the backend to make it do `step`, until `deadline`.
     pub(super) fn converse<T>(
         &mut self,
         step: &'static str,
-        limit: Duration,
+        deadline: Deadline,
         talk: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T, FrontendError> {
-        let watch = self.watchdog.watch(&self.socket, limit).map_err(|source| {
+        let watch = self.watchdog.watch(&self.socket, deadline).map_err(|source| {
             FrontendError::Host { what: "duplicate a backend's socket", source }
         })?;
         let result = talk(&mut self.frontend);
         if watch.expired() {
-            return Err(FrontendError::Hung { step, limit_ms: limit.as_millis() });
+            return Err(FrontendError::Hung { step, limit_ms: deadline.limit_ms() });
         }
         result.map_err(|source| FrontendError::Conversation { step, source })
     }

@@ -1,25 +1,33 @@
 //! The vhost-user frontend: a conversation with one backend, as a chain of types.
 //!
 //! ```text
-//! Connected --negotiate--> Negotiated --start--> Running
-//!                              ^                    |
-//!                              `-------stop---------'        any error: Lost { kept }
+//! Connected --negotiate--> Negotiated --start--> Running --quiesce--.
+//!                            ^    ^                | ^              |
+//!                            |    `-----stop-------' |              v
+//!                            |                       |    any error: Lost, then both are
+//!                            `------ reconnect ------'<------------ Absent { kept }
 //! ```
 //!
 //! What outlives a connection is [`Kept`]: all that a new process in the backend's place has to be
-//! told. A connection that is lost gives it back, and nothing in it is ever made anew; the kernel's
-//! doorbells and interrupts keep pointing at the same eventfds.
+//! told. A connection that ends gives it back, and nothing in it is ever made anew; the kernel's
+//! doorbells and interrupts keep pointing at the same eventfds. [`Absent`] has no deadline: the
+//! guest's requests and kicks wait for as long as it takes.
 //!
 //! Every conversation has a time limit, see [`watchdog`](super::watchdog). Messages are sent one
 //! after the other without waiting; one reply at the end shows that all of them were taken.
 //!
 //! A backend is not trusted: what it says is checked here, once.
 
+mod base;
+mod configuration;
 mod connected;
+mod inflight;
 mod kept;
 mod link;
 mod memory;
+mod reconnect;
 mod rings;
+mod session;
 
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -27,11 +35,15 @@ use std::time::Duration;
 use super::device_kind::DeviceKind;
 use super::watchdog::Watchdog;
 
+pub use base::{Base, BaseUnknown};
+pub use configuration::{ConfigDiffers, Configuration};
 pub use connected::Connected;
+pub use inflight::InflightRegion;
 pub use kept::{Kept, Vring};
 pub use link::{FrontendError, LinkState};
 pub use memory::QueueOutside;
-pub use rings::{Lost, Negotiated, Running, StartError};
+pub use reconnect::{Absence, Absent, ReconnectError, Reconnected, Refused};
+pub use session::{DriverFault, Idle, Lost, Negotiated, Running, Serving, Session, StartError};
 
 /// What the supervisor says about a device, as the backend can't.
 #[derive(Clone, Debug)]
@@ -57,13 +69,17 @@ pub struct DeviceConfig {
 pub struct Limits {
     /// From connecting until it is negotiated; the process may still be starting.
     pub negotiate: Duration,
-    /// To start, to stop (which ends its requests in flight) or to take a configuration write.
+    /// For all that is to be done at once: to start, to stop (which ends its requests in flight),
+    /// to take configuration writes.
     pub converse: Duration,
+    /// To be told all that its predecessor knew. The supervisor has seen the process ready.
+    pub reconnect: Duration,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { negotiate: Duration::from_secs(20), converse: Duration::from_secs(10) }
+        let (negotiate, rest) = (Duration::from_secs(20), Duration::from_secs(10));
+        Self { negotiate, converse: rest, reconnect: rest }
     }
 }
 

@@ -1,225 +1,93 @@
-//! Starting and stopping the rings of a backend that is negotiated.
+//! What a backend is told to set up, start and stop its rings, message by message.
+//!
+//! The order suits a first backend and one that replaces another: nothing is served before the
+//! last ring has a kick descriptor and, where rings are enabled one by one, is enabled.
 
-use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd};
-
-use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
-};
+use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
-use vm_memory::GuestMemoryMmap;
 
-use super::connected::read_config;
+use super::base::Base;
 use super::kept::{Kept, Vring};
-use super::link::{FrontendError, Link, LinkState};
-use super::memory::{self, BASELINE_REGIONS, HostLayout, QueueOutside};
+use super::memory::{BASELINE_REGIONS, HostLayout};
 use crate::virtio::features;
-use crate::virtio::pci_registers::{Activation, ConfigWrite};
 
-/// A connection that is over, and what outlives it.
-pub struct Lost {
-    /// For the next connection.
-    pub kept: Box<Kept>,
-    /// Why it is over.
-    pub error: FrontendError,
-    /// Closed when this is dropped; until then it can be taken out of where it is watched.
-    link: Link,
+/// Everything that a backend needs to know before it may start. `bases` are the enabled queues'.
+pub(super) fn set_up(
+    frontend: &mut Frontend,
+    kept: &Kept,
+    layouts: &[Option<HostLayout>],
+    bases: &[Option<u16>],
+) -> vhost::Result<()> {
+    frontend.set_features(features::for_backend(kept.acknowledged, kept.backend_features))?;
+    set_memory(frontend, kept)?;
+    let rings = kept.vrings.iter().zip(layouts).zip(bases).enumerate();
+    let rings: Vec<_> = rings
+        .filter_map(|(index, ((vring, host), base))| {
+            Some((index, vring, vring.layout?.size, host.as_ref()?, (*base)?))
+        })
+        .collect();
+    for (index, _vring, size, _host, _base) in &rings {
+        frontend.set_vring_num(*index, *size)?;
+    }
+    if let Some(region) = &kept.inflight {
+        region.give(frontend)?;
+    }
+    for (index, vring, size, host, base) in rings {
+        frontend.set_vring_addr(index, &addresses(size, host))?;
+        frontend.set_vring_base(index, base)?;
+        frontend.set_vring_call(index, &vring.call)?;
+        frontend.set_vring_err(index, &kept.error_event)?;
+    }
+    barrier(frontend)
 }
 
-/// Why a backend did not start.
-#[derive(Debug)]
-pub enum StartError {
-    /// The driver's queues are impossible; the connection is as it was.
-    Driver(Box<Negotiated>, QueueOutside),
-    /// The connection is over.
-    Lost(Lost),
-}
-
-/// A backend that is known and has nothing to do. The guest may not have found the device yet, or
-/// has reset it.
-pub struct Negotiated {
-    link: Link,
-    kept: Box<Kept>,
-}
-
-/// A backend that serves its rings.
-pub struct Running {
-    link: Link,
-    kept: Box<Kept>,
-}
-
-impl Negotiated {
-    pub(super) fn new(link: Link, kept: Kept) -> Self {
-        Self { link, kept: Box::new(kept) }
+/// Lets the rings run that were set up.
+pub(super) fn start(frontend: &mut Frontend, kept: &Kept) -> vhost::Result<()> {
+    for (index, vring) in enabled(kept) {
+        frontend.set_vring_kick(index, &vring.kick)?;
     }
-
-    /// What outlives the connection.
-    #[must_use]
-    pub fn kept(&self) -> &Kept {
-        &self.kept
-    }
-
-    /// Whether the backend is still there.
-    #[must_use]
-    pub fn link_state(&self) -> LinkState {
-        self.link.state()
-    }
-
-    /// Gives the connection up.
-    #[must_use]
-    pub fn give_up(self, error: FrontendError) -> Lost {
-        Lost { kept: self.kept, error, link: self.link }
-    }
-
-    /// The driver is ready: hands memory and rings to the backend.
-    ///
-    /// # Errors
-    ///
-    /// Fails if the driver's queues are impossible, or the connection is lost.
-    pub fn start(
-        mut self,
-        activation: &Activation,
-        memory: &GuestMemoryMmap,
-    ) -> Result<Running, StartError> {
-        let regions = match memory::regions(memory) {
-            Ok(regions) => regions,
-            Err(error) => return Err(StartError::Lost(self.give_up(error))),
-        };
-        let mut layouts = Vec::new();
-        for (queue, layout) in activation.queues.iter().enumerate() {
-            let host = layout
-                .as_ref()
-                .map(|layout| memory::host_layout(&regions, layout).ok_or(QueueOutside { queue }));
-            match host.transpose() {
-                Ok(host) => layouts.push(host),
-                Err(outside) => return Err(StartError::Driver(Box::new(self), outside)),
-            }
-        }
-        let kept = &mut *self.kept;
-        kept.acknowledged = activation.features;
-        kept.memory = regions;
-        for (vring, layout) in kept.vrings.iter_mut().zip(&activation.queues) {
-            vring.layout = *layout;
-            vring.last_base = 0;
-        }
-        let limit = kept.config.limits.converse;
-        let started =
-            self.link.converse("start", limit, |frontend| start(frontend, kept, &layouts));
-        match started {
-            Ok(()) => Ok(Running { link: self.link, kept: self.kept }),
-            Err(error) => Err(StartError::Lost(self.give_up(error))),
+    if kept.enables_rings() {
+        for (index, _vring) in enabled(kept) {
+            frontend.set_vring_enable(index, true)?;
         }
     }
-
-    /// Hands a write of the driver to the configuration on, and reads back what became of it.
-    ///
-    /// # Errors
-    ///
-    /// Fails if the connection is lost.
-    pub fn write_config(&mut self, write: &ConfigWrite) -> Result<(), FrontendError> {
-        write_config(&mut self.link, &mut self.kept, write)
-    }
+    barrier(frontend)
 }
 
-impl Running {
-    /// What outlives the connection.
-    #[must_use]
-    pub fn kept(&self) -> &Kept {
-        &self.kept
-    }
-
-    /// Whether the backend is still there.
-    #[must_use]
-    pub fn link_state(&self) -> LinkState {
-        self.link.state()
-    }
-
-    /// Gives the connection up.
-    #[must_use]
-    pub fn give_up(self, error: FrontendError) -> Lost {
-        Lost { kept: self.kept, error, link: self.link }
-    }
-
-    /// The driver resets the device: ends what is in flight and stops the rings. The connection
-    /// stays.
-    ///
-    /// # Errors
-    ///
-    /// Fails if the connection is lost.
-    pub fn stop(mut self) -> Result<Negotiated, Lost> {
-        let kept = &mut *self.kept;
-        let limit = kept.config.limits.converse;
-        let stopped = self.link.converse("stop", limit, |frontend| stop(frontend, kept));
-        match stopped {
-            Ok(()) => {
-                kept.acknowledged = 0;
-                Ok(Negotiated { link: self.link, kept: self.kept })
-            }
-            Err(error) => Err(self.give_up(error)),
+/// Ends what is in flight and forgets the driver.
+pub(super) fn stop(frontend: &mut Frontend, kept: &Kept) -> vhost::Result<()> {
+    if kept.enables_rings() {
+        for (index, _vring) in enabled(kept) {
+            frontend.set_vring_enable(index, false)?;
         }
     }
-
-    /// As [`Negotiated::write_config`].
-    ///
-    /// # Errors
-    ///
-    /// Fails if the connection is lost.
-    pub fn write_config(&mut self, write: &ConfigWrite) -> Result<(), FrontendError> {
-        write_config(&mut self.link, &mut self.kept, write)
+    for (index, _vring) in enabled(kept) {
+        frontend.get_vring_base(index)?;
     }
-}
-
-fn write_config(
-    link: &mut Link,
-    kept: &mut Kept,
-    write: &ConfigWrite,
-) -> Result<(), FrontendError> {
-    if !kept.config_is_writable() {
-        return Ok(());
-    }
-    let limit = kept.config.limits.converse;
-    link.converse("take a write to its configuration", limit, |frontend| {
-        frontend.set_config(write.offset, VhostUserConfigFlags::empty(), &write.bytes)
-    })?;
-    if let Some(config) = read_config(link, kept, limit)? {
-        kept.config_cache = config;
+    if kept.has(VhostUserProtocolFeatures::RESET_DEVICE) {
+        acknowledged(frontend, kept, VhostUserFrontend::reset_device)?;
     }
     Ok(())
 }
 
-/// All that a backend needs to serve the rings, in the order that also suits a replacement.
-fn start(
-    frontend: &mut Frontend,
-    kept: &Kept,
-    layouts: &[Option<HostLayout>],
-) -> vhost::Result<()> {
-    frontend.set_features(features::for_backend(kept.acknowledged, kept.backend_features))?;
-    set_memory(frontend, kept)?;
-    let used: Vec<(usize, &Vring, &HostLayout)> = kept
-        .vrings
-        .iter()
-        .zip(layouts)
-        .enumerate()
-        .filter_map(|(index, (vring, layout))| Some((index, vring, layout.as_ref()?)))
-        .collect();
-    for (index, vring, _host) in &used {
-        frontend.set_vring_num(*index, vring.layout.map_or(0, |layout| layout.size))?;
-    }
-    for (index, vring, host) in &used {
-        let size = vring.layout.map_or(0, |layout| layout.size);
-        frontend.set_vring_addr(*index, &addresses(size, host))?;
-        frontend.set_vring_base(*index, vring.last_base)?;
-        frontend.set_vring_call(*index, &vring.call)?;
-        frontend.set_vring_err(*index, &kept.error_event)?;
-        frontend.set_vring_kick(*index, &vring.kick)?;
-    }
-    if kept.enables_rings() {
-        for (index, _vring, _host) in &used {
-            frontend.set_vring_enable(*index, true)?;
+/// Ends what is in flight and keeps where each ring stopped.
+///
+/// A ring is not disabled before: a nic's that is disabled throws the guest's packets away
+/// (vhost-user, "Ring states"), and `GET_VRING_BASE` alone stops it.
+pub(super) fn drain(frontend: &mut Frontend, kept: &mut Kept) -> vhost::Result<()> {
+    for (index, vring) in kept.vrings.iter_mut().enumerate() {
+        if vring.layout.is_some() {
+            let base = frontend.get_vring_base(index)?;
+            // A split ring's position is 16 bits.
+            vring.base = u16::try_from(base & 0xffff).map_or(Base::Unknown, Base::Exact);
         }
     }
-    barrier(frontend)
+    Ok(())
+}
+
+fn enabled(kept: &Kept) -> impl Iterator<Item = (usize, &Vring)> {
+    kept.vrings.iter().enumerate().filter(|(_index, vring)| vring.layout.is_some())
 }
 
 /// Returns when the backend has taken every message before it. Any request with a reply does.
@@ -264,65 +132,4 @@ fn acknowledged(
     let result = send(frontend);
     frontend.set_hdr_flags(VhostUserHeaderFlag::empty());
     result
-}
-
-fn stop(frontend: &mut Frontend, kept: &mut Kept) -> vhost::Result<()> {
-    let running: Vec<usize> = kept
-        .vrings
-        .iter()
-        .enumerate()
-        .filter_map(|(index, vring)| vring.layout.map(|_layout| index))
-        .collect();
-    if kept.enables_rings() {
-        for index in &running {
-            frontend.set_vring_enable(*index, false)?;
-        }
-    }
-    for index in running {
-        let vring = &mut kept.vrings[index];
-        let base = frontend.get_vring_base(index)?;
-        // A split ring's position is 16 bits.
-        vring.last_base = u16::try_from(base & 0xffff).unwrap_or(0);
-        vring.layout = None;
-    }
-    if kept.has(VhostUserProtocolFeatures::RESET_DEVICE) {
-        acknowledged(frontend, kept, VhostUserFrontend::reset_device)?;
-    }
-    Ok(())
-}
-
-impl AsFd for Lost {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.link.as_fd()
-    }
-}
-
-impl AsFd for Negotiated {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.link.as_fd()
-    }
-}
-
-impl AsFd for Running {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.link.as_fd()
-    }
-}
-
-impl fmt::Debug for Negotiated {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Negotiated").field("kept", &self.kept).finish_non_exhaustive()
-    }
-}
-
-impl fmt::Debug for Running {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Running").field("kept", &self.kept).finish_non_exhaustive()
-    }
-}
-
-impl fmt::Debug for Lost {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lost").field("error", &self.error).finish_non_exhaustive()
-    }
 }

@@ -18,6 +18,7 @@ use crate::pci::bus::locked;
 use crate::pci::complaint::Complaints;
 use crate::pci::config_space::{self, CONVENTIONAL_LEN_BYTES, ConfigSpace, Identity};
 use crate::pci::{AddressRange, BarIndex, BarSpec, ConfigEffect, PciFunction};
+use crate::shared_event;
 
 const VIRTIO_VENDOR: u16 = 0x1af4;
 
@@ -150,6 +151,11 @@ impl VirtioFunction {
         }
     }
 
+    /// A backend came that has less on offer than the one before.
+    pub(super) fn restrict_offer(&self, offered: u64) {
+        self.state().registers.restrict_offer(offered);
+    }
+
     /// What the backend says the configuration is.
     pub(super) fn set_config(&self, config: &[u8]) {
         if self.state().registers.set_config(config) {
@@ -221,9 +227,7 @@ impl State {
 }
 
 fn signal(event: &EventFd, name: &str) {
-    if let Err(error) = event.write(1)
-        && error.kind() != io::ErrorKind::WouldBlock
-    {
+    if let Err(error) = shared_event::raise(event) {
         log::warn!("{name}: cannot signal an eventfd: {error}");
     }
 }

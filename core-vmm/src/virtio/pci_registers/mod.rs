@@ -173,6 +173,11 @@ impl PciRegisters {
         tell
     }
 
+    /// Offers nothing any more that is not in `offered`.
+    pub fn restrict_offer(&mut self, offered: u64) {
+        self.offered &= offered;
+    }
+
     /// What the backend says the configuration is now. True if it changed.
     pub fn set_config(&mut self, config: &[u8]) -> bool {
         if self.config == config {

@@ -1,0 +1,307 @@
+//! A connection to a backend that is known, in one of two stages.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
+use vm_memory::GuestMemoryMmap;
+
+use super::base::Base;
+use super::connected::read_config;
+use super::inflight::InflightRegion;
+use super::kept::Kept;
+use super::link::{FrontendError, Link, LinkState};
+use super::memory::{self, HostLayout, QueueOutside};
+use super::reconnect::{Absence, Absent, Refused};
+use super::rings;
+use crate::virtio::pci_registers::{Activation, ConfigWrite};
+use crate::virtio::watchdog::Deadline;
+
+/// A connection in stage `S`: [`Negotiated`] or [`Running`].
+pub struct Session<S> {
+    link: Link,
+    kept: Box<Kept>,
+    stage: PhantomData<S>,
+}
+
+/// The stage of a backend that is known and has nothing to do.
+#[derive(Debug)]
+pub enum Idle {}
+
+/// The stage of a backend that serves its rings.
+#[derive(Debug)]
+pub enum Serving {}
+
+/// The guest may not have found the device yet, or has reset it.
+pub type Negotiated = Session<Idle>;
+
+/// The rings are served.
+pub type Running = Session<Serving>;
+
+/// A connection that is over, and what outlives it.
+pub struct Lost {
+    /// Why it is over.
+    pub error: FrontendError,
+    kept: Box<Kept>,
+    /// Closed when this is dropped; until then it can be taken out of where it is watched.
+    link: Link,
+}
+
+/// What is wrong with what a driver set up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DriverFault {
+    /// A queue is impossible.
+    #[error(transparent)]
+    Queue(#[from] QueueOutside),
+    /// A backend that came meanwhile does not have all that the driver was offered.
+    #[error("features {missing:#x} are no more on offer")]
+    Features {
+        /// Those.
+        missing: u64,
+    },
+}
+
+/// Why a backend did not start.
+#[derive(Debug)]
+pub enum StartError {
+    /// What the driver set up is impossible; the connection is as it was.
+    Driver(Box<Negotiated>, DriverFault),
+    /// The connection is over.
+    Lost(Lost),
+}
+
+impl<S> Session<S> {
+    pub(super) fn new(link: Link, kept: Box<Kept>) -> Self {
+        Self { link, kept, stage: PhantomData }
+    }
+
+    /// What outlives the connection.
+    #[must_use]
+    pub fn kept(&self) -> &Kept {
+        &self.kept
+    }
+
+    /// Whether the backend is still there.
+    #[must_use]
+    pub fn link_state(&self) -> LinkState {
+        self.link.state()
+    }
+
+    /// Gives the connection up.
+    #[must_use]
+    pub fn give_up(self, error: FrontendError) -> Lost {
+        Lost { kept: self.kept, error, link: self.link }
+    }
+
+    /// Hands writes of the driver to the configuration on, and reads back what became of them.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the connection is lost.
+    pub fn write_config(
+        &mut self,
+        writes: &[ConfigWrite],
+        deadline: Deadline,
+    ) -> Result<(), FrontendError> {
+        if writes.is_empty() || !self.kept.config_is_writable() {
+            return Ok(());
+        }
+        for write in writes {
+            self.kept.configuration.write(write);
+        }
+        write_config(&mut self.link, writes, deadline)?;
+        if let Some(config) = read_config(&mut self.link, &self.kept, deadline)? {
+            self.kept.configuration.set(config);
+        }
+        Ok(())
+    }
+}
+
+impl Negotiated {
+    /// The driver is ready: hands memory and rings to the backend.
+    ///
+    /// # Errors
+    ///
+    /// Fails if what the driver set up is impossible, or the connection is lost.
+    pub fn start(
+        mut self,
+        activation: &Activation,
+        memory: &GuestMemoryMmap,
+        deadline: Deadline,
+    ) -> Result<Running, StartError> {
+        let missing = activation.features & !self.kept.offered();
+        if missing != 0 {
+            return Err(StartError::Driver(Box::new(self), DriverFault::Features { missing }));
+        }
+        let layouts = match self.kept.place(memory, activation) {
+            Ok(Ok(layouts)) => layouts,
+            Ok(Err(outside)) => return Err(StartError::Driver(Box::new(self), outside.into())),
+            Err(error) => return Err(StartError::Lost(self.give_up(error))),
+        };
+        let (link, kept) = (&mut self.link, &mut *self.kept);
+        kept.take_driver(activation);
+        let bases: Vec<_> = layouts.iter().map(|layout| layout.as_ref().map(|_| 0)).collect();
+        let started = track(link, kept, deadline)
+            .and_then(|()| serve(link, kept, &layouts, &bases, deadline));
+        match started {
+            Ok(()) => Ok(Session::new(self.link, self.kept)),
+            Err(error) => Err(StartError::Lost(self.give_up(error))),
+        }
+    }
+
+    /// Hangs up; there is nothing to drain.
+    #[must_use]
+    pub fn dismiss(self) -> Absent {
+        Absent::new(self.kept, Absence::Quiesced)
+    }
+}
+
+impl Running {
+    /// The driver resets the device: ends what is in flight and stops the rings. The connection
+    /// stays.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the connection is lost.
+    pub fn stop(mut self, deadline: Deadline) -> Result<Negotiated, Lost> {
+        let kept = &mut *self.kept;
+        match self.link.converse("stop", deadline, |frontend| rings::stop(frontend, kept)) {
+            Ok(()) => {
+                kept.forget_driver();
+                Ok(Session::new(self.link, self.kept))
+            }
+            Err(error) => Err(self.give_up(error)),
+        }
+    }
+
+    /// Ends what is in flight, keeps where each ring stopped, and hangs up.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the connection is lost meanwhile.
+    pub fn quiesce(mut self, deadline: Deadline) -> Result<Absent, Lost> {
+        let kept = &mut *self.kept;
+        match self.link.converse("drain its rings", deadline, |f| rings::drain(f, kept)) {
+            Ok(()) => Ok(Absent::new(self.kept, Absence::Quiesced)),
+            Err(error) => {
+                // Some rings may have gone on.
+                kept.bases_are_unknown();
+                Err(self.give_up(error))
+            }
+        }
+    }
+}
+
+impl Lost {
+    /// What waits for another backend.
+    ///
+    /// A backend that hung up has stopped; one that was cut off may go on writing to the guest's
+    /// memory until its process has ended.
+    #[must_use]
+    pub fn into_absent(self) -> Absent {
+        let may_write = self.may_write();
+        Absent::new(self.kept, Absence::Lost { may_write })
+    }
+
+    /// The same for one that was to come in another's place, which is still absent as `before`.
+    pub(super) fn into_refused(self, before: Absence) -> Refused {
+        let absence = if self.may_write() { Absence::Lost { may_write: true } } else { before };
+        Refused { absent: Absent::new(self.kept, absence), error: self.error.into() }
+    }
+
+    fn may_write(&self) -> bool {
+        let was_cut_off = matches!(self.error, FrontendError::Hung { .. });
+        let has_hung_up = self.link.state() == LinkState::Closed && !was_cut_off;
+        self.kept.has_driver() && !has_hung_up
+    }
+}
+
+impl Kept {
+    /// Where the driver's queues are mapped here, in `memory`, whose regions are kept.
+    pub(super) fn place(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        activation: &Activation,
+    ) -> Result<Result<Vec<Option<HostLayout>>, QueueOutside>, FrontendError> {
+        self.memory = memory::regions(memory)?;
+        let place = |(queue, layout): (usize, &Option<_>)| {
+            let host = layout.as_ref().map(|layout| memory::host_layout(&self.memory, layout));
+            host.map(|host| host.ok_or(QueueOutside { queue })).transpose()
+        };
+        Ok(activation.queues.iter().enumerate().map(place).collect())
+    }
+
+    pub(super) fn bases_are_unknown(&mut self) {
+        for vring in &mut self.vrings {
+            vring.base = Base::Unknown;
+        }
+    }
+}
+
+/// Has the backend make a region for what is in flight, if it can.
+fn track(link: &mut Link, kept: &mut Kept, deadline: Deadline) -> Result<(), FrontendError> {
+    if !kept.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
+        return Ok(());
+    }
+    let queues = u16::try_from(kept.vrings.len()).unwrap_or(u16::MAX);
+    let size = kept.config.queue_size;
+    let region = link.converse("make room to mark requests in flight", deadline, |frontend| {
+        InflightRegion::ask(frontend, queues, size)
+    })?;
+    kept.inflight = Some(region);
+    Ok(())
+}
+
+/// Sets the rings up and starts them. From then on nobody but the backend knows where they are.
+pub(super) fn serve(
+    link: &mut Link,
+    kept: &mut Kept,
+    layouts: &[Option<HostLayout>],
+    bases: &[Option<u16>],
+    deadline: Deadline,
+) -> Result<(), FrontendError> {
+    link.converse("set its rings up", deadline, |frontend| {
+        rings::set_up(frontend, kept, layouts, bases)
+    })?;
+    kept.bases_are_unknown();
+    link.converse("start its rings", deadline, |frontend| rings::start(frontend, kept))
+}
+
+/// Hands writes to the configuration on.
+pub(super) fn write_config(
+    link: &mut Link,
+    writes: &[ConfigWrite],
+    deadline: Deadline,
+) -> Result<(), FrontendError> {
+    link.converse("take writes to its configuration", deadline, |frontend| {
+        writes.iter().try_for_each(|write| {
+            frontend.set_config(write.offset, VhostUserConfigFlags::empty(), &write.bytes)
+        })
+    })
+}
+
+impl<S> AsFd for Session<S> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.link.as_fd()
+    }
+}
+
+impl AsFd for Lost {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.link.as_fd()
+    }
+}
+
+impl<S> fmt::Debug for Session<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session").field("kept", &self.kept).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Lost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lost").field("error", &self.error).finish_non_exhaustive()
+    }
+}
