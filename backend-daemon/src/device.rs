@@ -102,6 +102,10 @@ pub trait Worker: Send + 'static {
     /// A frontend negotiated `features`; called before the first ring of a session starts.
     fn negotiated(&mut self, features: u64);
 
+    /// The guest reset the device, and its rings have stopped: what a driver had told the device is
+    /// void. A frontend that says nothing of resets, or hangs up, does not make this happen.
+    fn reset(&mut self) {}
+
     /// Registers the worker's own event sources. Called once, on the worker's thread.
     ///
     /// # Errors

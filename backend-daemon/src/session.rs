@@ -282,6 +282,9 @@ impl<D: Device> Session<D> {
         if let Some(region) = &self.inflight {
             (0..self.queue_count()).for_each(|queue| region.wipe(queue));
         }
+        for worker in &self.workers {
+            worker.order(Order::Reset)?;
+        }
         Ok(())
     }
 

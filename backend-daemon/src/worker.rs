@@ -25,6 +25,8 @@ use crate::vring::Kick;
 pub(crate) enum Order {
     /// The session's features are known; no ring runs.
     Negotiated(u64),
+    /// The guest reset the device; no ring runs.
+    Reset,
     /// Serve this ring from now on.
     Start { queue: QueueIndex, ring: Box<Ring>, kick: Kick, err: Option<Arc<Doorbell>> },
     /// Finish what is in flight and give the ring up; answered with the ring's position.
@@ -157,6 +159,7 @@ impl<W: Worker> Thread<W> {
     fn execute(&mut self, order: Order) -> Result<Answer, DeviceError> {
         match order {
             Order::Negotiated(features) => self.worker.negotiated(features),
+            Order::Reset => self.worker.reset(),
             Order::Start { queue, ring, kick, err } => {
                 if let Err(error) = self.start(queue, *ring, kick, err) {
                     return Ok(Answer::Refused(error));

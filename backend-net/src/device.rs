@@ -81,7 +81,8 @@ impl NetDevice {
             // The interface spreads frames over all attached queues; the guest starts with one.
             tap.set_attached(false).map_err(BuildError::resource)?;
         }
-        let pairs = Arc::new(Pairs::new(args.queue_pairs).map_err(BuildError::resource)?);
+        let estate = args.daemon.estate().map_err(BuildError::resource)?;
+        let pairs = Arc::new(Pairs::new(args.queue_pairs, estate)?);
         let taps = taps.into_iter().map(Some).collect();
         Ok(Self { taps, offloads, mac: args.mac, mtu: args.mtu, pairs })
     }
@@ -263,11 +264,10 @@ impl NetWorker {
 
     /// Attaches or detaches the tap queue as the guest wants it.
     fn follow_pairs(&mut self, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
-        let chosen = self.pair < self.pairs.active();
         // Without a control queue a pair is in use as long as its receive queue runs.
+        let chosen = self.pair < self.pairs.active() || !self.features.has(VIRTIO_NET_F_CTRL_VQ);
         let runs = rings.ring(self.receive_queue()).is_some();
-        let wanted = if self.features.has(VIRTIO_NET_F_CTRL_VQ) { chosen } else { runs };
-        self.attach(wanted || self.pair == 0, rings.sources())
+        self.attach(chosen && runs || self.pair == 0, rings.sources())
     }
 
     fn attach(&mut self, wanted: bool, sources: &mut dyn Sources) -> Result<(), DeviceError> {
@@ -324,6 +324,10 @@ impl Worker for NetWorker {
         }
     }
 
+    fn reset(&mut self) {
+        self.pairs.set_active(1);
+    }
+
     fn sources(&mut self, sources: &mut dyn Sources) -> Result<(), DeviceError> {
         let failed = |source| DeviceError::Host { what: "register the tap", source };
         if let Some(bell) = self.pairs.bell(self.pair) {
@@ -371,9 +375,7 @@ impl Worker for NetWorker {
                 self.receiver.abandon(ring);
             }
             self.waits.frames = false;
-            if !self.features.has(VIRTIO_NET_F_CTRL_VQ) {
-                self.attach(self.pair == 0, rings.sources())?;
-            }
+            self.attach(self.pair == 0, rings.sources())?;
         } else if queue == self.transmit_queue() {
             self.waits.room = false;
         }

@@ -7,6 +7,7 @@
 pub mod args;
 pub mod device;
 pub mod header;
+mod kept;
 pub mod seccomp;
 pub mod tap;
 

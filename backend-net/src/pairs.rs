@@ -3,26 +3,31 @@
 //! The worker with the control queue decides; each worker attaches or detaches its own tap queue
 //! when it is woken, so that nobody touches another's tap.
 
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU16, Ordering};
 
+use backend_daemon::process::{BuildError, Estate};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::{Errno, read, write};
+
+use crate::kept::Kept;
 
 /// The number of pairs in use, and a bell for each worker.
 #[derive(Debug)]
 pub(crate) struct Pairs {
     active: AtomicU16,
+    kept: Kept,
     bells: Vec<OwnedFd>,
 }
 
 impl Pairs {
-    /// `count` pairs, of which the first is in use (virtio 1.3, section 5.1.6.5.6).
-    pub(crate) fn new(count: u16) -> io::Result<Self> {
+    /// `count` pairs, of which those are in use that a predecessor's were.
+    pub(crate) fn new(count: u16, estate: Option<Estate>) -> Result<Self, BuildError> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let bells = (0..count).map(|_| eventfd(0, flags)).collect::<Result<_, _>>()?;
-        Ok(Self { active: AtomicU16::new(1), bells })
+        let bells: Result<_, Errno> = (0..count).map(|_| eventfd(0, flags)).collect();
+        let bells = bells.map_err(BuildError::resource)?;
+        let (kept, active) = Kept::take_up(estate, count).map_err(BuildError::state)?;
+        Ok(Self { active: AtomicU16::new(active), kept, bells })
     }
 
     /// How many pairs there are.
@@ -38,6 +43,7 @@ impl Pairs {
     /// The guest uses `active` pairs from now on; wakes every worker.
     pub(crate) fn set_active(&self, active: u16) {
         if self.active.swap(active, Ordering::AcqRel) != active {
+            self.kept.write(active);
             self.bells.iter().for_each(ring);
         }
     }
@@ -72,7 +78,7 @@ mod tests {
 
     #[test]
     fn the_first_pair_is_in_use_and_a_change_rings_every_bell() {
-        let pairs = Pairs::new(2).unwrap();
+        let pairs = Pairs::new(2, None).unwrap();
         assert_eq!((pairs.count(), pairs.active()), (2, 1));
         pairs.set_active(2);
         assert_eq!(pairs.active(), 2);

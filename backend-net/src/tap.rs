@@ -152,6 +152,11 @@ pub fn open(name: &str, queues: usize) -> Result<Vec<Tap>, TapError> {
 pub fn inherited(fds: Vec<OwnedFd>) -> Result<Vec<Tap>, TapError> {
     let needed = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     let configure = |(number, fd): (usize, OwnedFd)| {
+        // A predecessor may have detached the queue, and a detached one says nothing of itself.
+        // One that is attached, or of an interface without several, refuses.
+        match sys::set_queue(fd.as_fd(), true) {
+            Ok(()) | Err(_) => {}
+        }
         let info =
             sys::interface(fd.as_fd()).map_err(|source| TapError::NotTap { number, source })?;
         if info.flags & needed != needed {

@@ -17,6 +17,8 @@ use crate::sys;
 
 /// The tap's name; each test has it for itself, in its own namespace.
 pub(crate) const TAP: &str = "nacre0";
+/// What a tap has to be.
+pub(crate) const TAP_FLAGS: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 /// The length of the header that a packet socket puts before a frame.
 pub(crate) const PACKET_HEADER_BYTES: usize = 10;
 
@@ -57,6 +59,20 @@ pub(crate) fn start(args: &[&str]) -> Daemon {
     Daemon::start(env!("CARGO_BIN_EXE_nacre-net"), &args)
 }
 
+/// Starts `nacre-net` with descriptors that it inherits under their own numbers.
+pub(crate) fn start_with(args: &[&str], inherited: &[&OwnedFd]) -> Daemon {
+    let args: Vec<_> = args.iter().map(AsRef::as_ref).collect();
+    let _starting = starting();
+    for fd in inherited {
+        fcntl_setfd(fd, FdFlags::empty()).unwrap();
+    }
+    let daemon = Daemon::start(env!("CARGO_BIN_EXE_nacre-net"), &args);
+    for fd in inherited {
+        fcntl_setfd(fd, FdFlags::CLOEXEC).unwrap();
+    }
+    daemon
+}
+
 /// A descriptor of the tap as somebody else opens it.
 pub(crate) fn open_tap(flags: i32) -> OwnedFd {
     let tun = open("/dev/net/tun", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap();
@@ -72,9 +88,8 @@ pub(crate) fn pass_on(fd: &OwnedFd) -> String {
 
 /// Lets the tap outlive its daemon, as a supervisor does that wants to replace it.
 pub(crate) fn make_persistent() {
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     let _starting = starting();
-    let tun = open_tap(flags);
+    let tun = open_tap(TAP_FLAGS);
     sys::set_persistent(tun.as_fd(), true).unwrap();
 }
 

@@ -1,12 +1,13 @@
 //! A successor of a process that was killed.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use backend_daemon::testing::{Buffer, Driver, Options};
+use backend_daemon::testing::{Buffer, DEADLINE, Driver, Options};
 use rustix::process::Signal;
 
-use crate::frames::{Header, TRANSMIT, frame, offer, send, take};
-use crate::host::{Host, make_persistent, own_network, serve};
+use crate::frames::{Header, TRANSMIT, frame, offer, send, take, tcp};
+use crate::host::{Host, PACKET_HEADER_BYTES, make_persistent, own_network, serve};
+use crate::supervised::Supervisor;
 
 /// Long enough for a frame that must not come.
 const NOTHING: Duration = Duration::from_millis(100);
@@ -43,4 +44,75 @@ fn a_frame_that_may_have_gone_out_is_not_sent_again_and_no_ring_is_stuck() {
     assert!(!host.wait(NOTHING));
     host.send(&frame(4, 60));
     assert_eq!(take(&mut driver, &mut buffers).1, frame(4, 60));
+}
+
+/// Sends frames of twenty connections; gives how many come on each of two pairs.
+fn spread(host: &Host, driver: &mut Driver) -> [usize; 2] {
+    let in_flight = |driver: &mut Driver| [driver.in_flight(0), driver.in_flight(2)];
+    let before = in_flight(driver);
+    let mut header = Header { gso_type: 0, ..Header::SEGMENTS }.bytes();
+    header.truncate(PACKET_HEADER_BYTES);
+    (0..20).for_each(|port| host.send_with(&header, &tcp(port, 100)));
+    let until = Instant::now() + DEADLINE;
+    loop {
+        let now = in_flight(driver);
+        let came = [before[0] - now[0], before[1] - now[1]];
+        if came[0] + came[1] == 20 {
+            return came;
+        }
+        assert!(Instant::now() < until, "frames are lost: {came:?} of 20 came");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_successor_uses_as_many_queue_pairs_as_the_guest_had_asked_for() {
+    if !own_network() {
+        return;
+    }
+    let mut supervisor = Supervisor::new(2);
+    let mut daemon = supervisor.start();
+    let host = Host::listen();
+    let options = Options { queues: 5, inflight: true, queue_size: 256, ..Options::default() };
+    let mut driver = Driver::connect(&daemon.socket(), &options);
+    offer(&mut driver, 0, 120, 2048);
+    offer(&mut driver, 2, 120, 2048);
+    assert_eq!(spread(&host, &mut driver), [20, 0]);
+    supervisor.restart(&mut daemon);
+    driver.reconnect(&daemon.socket());
+    assert_eq!(spread(&host, &mut driver), [20, 0]);
+
+    let two = [Buffer::Out(&[4, 0]), Buffer::Out(&[2, 0]), Buffer::In(1)];
+    assert_eq!(driver.request(4, &two), [0]);
+    supervisor.restart(&mut daemon);
+    driver.reconnect(&daemon.socket());
+    // The guest has said nothing since.
+    let came = spread(&host, &mut driver);
+    assert!(came[0] > 0 && came[1] > 0, "{came:?}");
+
+    driver.reset();
+    offer(&mut driver, 0, 120, 2048);
+    offer(&mut driver, 2, 120, 2048);
+    assert_eq!(spread(&host, &mut driver), [20, 0], "a new driver begins with one pair");
+    supervisor.restart(&mut daemon);
+    driver.reconnect(&daemon.socket());
+    assert_eq!(spread(&host, &mut driver), [20, 0]);
+}
+
+#[test]
+fn a_state_that_cannot_be_read_has_an_exit_code_of_its_own() {
+    if !own_network() {
+        return;
+    }
+    let mut supervisor = Supervisor::new(2);
+    for (state, words) in [
+        ([2, 0, 0, 0, 1, 0, 0, 0], "version 2"),
+        ([1, 0, 0, 0, 3, 0, 0, 0], "3 of 2 queue pairs"),
+        ([1, 0, 0, 0, 0, 0, 0, 0], "0 of 2 queue pairs"),
+    ] {
+        supervisor.write_state(&state);
+        let mut daemon = supervisor.start();
+        assert_eq!(daemon.wait().code(), Some(6), "{}", daemon.log());
+        assert!(daemon.log().contains(words), "{}", daemon.log());
+    }
 }

@@ -12,5 +12,7 @@ mod host;
 mod killed;
 mod receive;
 mod start;
+mod storm;
+mod supervised;
 mod sys;
 mod transmit;

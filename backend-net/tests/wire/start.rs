@@ -6,10 +6,9 @@ use backend_daemon::testing::{Buffer, Driver, Options};
 
 use crate::frames::{Header, RECEIVE, connect, frame, offer, send, send_on, take, tcp};
 use crate::host::{
-    Host, PACKET_HEADER_BYTES, TAP, open_tap, own_network, pass_on, serve, start, starting,
+    Host, PACKET_HEADER_BYTES, TAP, TAP_FLAGS, open_tap, own_network, pass_on, serve, start,
+    starting,
 };
-
-const TAP_FLAGS: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
 #[test]
 fn the_configuration_says_what_the_arguments_said() {
