@@ -2,7 +2,8 @@
 //!
 //! Queue 0 is for what must not wait behind other requests, the rest are request queues (virtio
 //! 1.3, section 5.11.2). Each queue has a thread, so that a slow request delays only its own
-//! queue. A request is served whole before the next one is taken: nothing is ever in flight.
+//! queue. A request is served whole before the next one is taken: what a process leaves in flight
+//! when it is killed is one request a queue.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
@@ -17,6 +18,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::{Errno, read, write};
 
 use crate::args::{Args, Tag};
+use crate::inheritance::Inheritance;
 use crate::sandbox::{SandboxMode, SharedDir};
 use crate::share::{Options, Share, raise_file_limit};
 use crate::sys;
@@ -39,6 +41,7 @@ pub struct FsDevice {
     /// Until the sandbox is entered.
     shared_dir: Option<SharedDir>,
     guest_fds: u64,
+    inheritance: Option<Inheritance>,
     /// From then on.
     share: Arc<OnceLock<Share>>,
 }
@@ -48,7 +51,8 @@ impl FsDevice {
     ///
     /// # Errors
     ///
-    /// Fails if the folder can't be opened, or too few files may be.
+    /// Fails if the folder can't be opened, too few files may be, or what a predecessor left can't
+    /// be read.
     pub fn open(args: &Args) -> Result<Self, BuildError> {
         let missing = |name| BuildError::Usage(format!("{name} is missing"));
         let path = args.shared_dir.as_deref().ok_or_else(|| missing("--shared-dir"))?;
@@ -63,6 +67,7 @@ impl FsDevice {
             mode: args.sandbox,
             shared_dir: Some(shared_dir),
             guest_fds: raise_file_limit().map_err(BuildError::resource)?,
+            inheritance: Some(Inheritance::take(&args.daemon).map_err(BuildError::state)?),
             share: Arc::default(),
         })
     }
@@ -107,11 +112,15 @@ impl Device for FsDevice {
     }
 
     fn confine(&mut self) -> Result<(), DeviceError> {
-        let Some(shared_dir) = self.shared_dir.take() else { return Ok(()) };
+        let (Some(shared_dir), Some(inheritance)) =
+            (self.shared_dir.take(), self.inheritance.take())
+        else {
+            return Ok(());
+        };
         let place = shared_dir
             .enter(self.mode, self.options.read_only)
             .map_err(|error| failed("enter the sandbox", error))?;
-        let share = Share::open(place, self.guest_fds, self.options)
+        let share = Share::open(place, self.guest_fds, self.options, inheritance)
             .map_err(|error| failed("open the share", error))?;
         let again = || failed("open the share", "it was opened before");
         self.share.set(share).map_err(|_share| again())
@@ -152,7 +161,7 @@ impl FsWorker {
         let share = self.share.get().ok_or_else(|| failed("serve", "the share is not open"))?;
         let turn_ends = Instant::now() + TURN;
         while let Some(chain) = ring.pop()? {
-            let (written_bytes, fault) = share.serve(&chain);
+            let (written_bytes, fault) = share.serve(queue.0.into(), &chain);
             if let Some(fault) = fault
                 && self.limit.allows()
             {

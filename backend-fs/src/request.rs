@@ -5,15 +5,24 @@
 
 use backend_daemon::ring::Chain;
 
+use crate::table::Session;
+
 /// Length, opcode and unique number: what is read of the header, in bytes.
 const READ_BYTES: usize = 16;
 /// The header of every answer, in bytes.
 const ANSWER_BYTES: u32 = 16;
 
 const FORGET: u32 = 2;
-const INIT: u32 = 26;
+/// The first request of a mount.
+pub(crate) const INIT: u32 = 26;
 const INTERRUPT: u32 = 36;
 const BATCH_FORGET: u32 = 42;
+const READDIRPLUS: u32 = 44;
+
+/// `struct fuse_in_header`, in bytes.
+const HEADER_BYTES: u64 = 40;
+/// `struct fuse_init_in` in its largest form, in bytes.
+const INIT_BYTES: u64 = 64;
 
 /// The header of a request, as far as it matters here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +47,24 @@ impl Request {
     /// Whether it begins a mount; whatever an earlier one held is then over.
     pub(crate) fn begins_mount(self) -> bool {
         self.opcode == INIT
+    }
+
+    /// The number that the guest gave it.
+    pub(crate) fn unique(self) -> u64 {
+        self.unique
+    }
+
+    /// Whether it looks names up that it may not have the room to tell of.
+    pub(crate) fn is_readdirplus(self) -> bool {
+        self.opcode == READDIRPLUS
+    }
+
+    /// What the guest wants of a mount, if this is what begins one.
+    pub(crate) fn session(self, chain: &Chain) -> Option<Session> {
+        let len = chain.readable_len().checked_sub(HEADER_BYTES)?.min(INIT_BYTES);
+        let mut arguments = vec![0; usize::try_from(len).ok()?];
+        chain.read_at(HEADER_BYTES, &mut arguments).ok()?;
+        self.begins_mount().then(|| Session::new(arguments))
     }
 
     /// Whether `room_bytes` bytes are room enough for an answer: some requests have none.

@@ -1,26 +1,35 @@
 //! virtiofsd's file server on the shared folder, and every way in which a request can fail it.
 //!
-//! virtiofsd's own loop ends the process when a request is malformed. Here such a request gets an
+//! A request that a predecessor of this process had taken is served again, unless its answer is
+//! written already: `lasting` knows. virtiofsd's own loop ends the process when a request is malformed. Here such a request gets an
 //! error for an answer, and the next one is served.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use backend_daemon::ring::Chain;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use virtiofsd::descriptor_utils::{Reader, Writer};
+use virtiofsd::filesystem::OpenOptions;
 use virtiofsd::passthrough::read_only::PassthroughFsRo;
 use virtiofsd::passthrough::{Config, PassthroughFs};
 use virtiofsd::server::Server;
 
 use crate::args::{Args, Cache};
+use crate::inheritance::Inheritance;
+use crate::keep::{Keep, MOST_KEPT};
+use crate::lasting::{Inner, Lasting, Manner};
+use crate::mount;
+use crate::record::Key;
 use crate::request::Request;
 use crate::sandbox::Place;
 use crate::sys::{View, ViewError};
+use crate::ticket;
 
-/// Descriptors that the guest can't take from us: memory regions (509 at most), queues and the
-/// daemon's own.
-const RESERVED_FDS: u64 = 1024;
+/// Descriptors that the guest can't take from us: memory regions (509 at most), queues, the daemon's
+/// own, and files that have lost their names, which virtiofsd does not count.
+const RESERVED_FDS: u64 = 1024 + 2 * MOST_KEPT as u64;
 /// What is asked for: each file that the guest knows is one.
 const WANTED_FDS: u64 = 1_000_000;
 /// With fewer the share is of no use.
@@ -44,6 +53,9 @@ pub enum ShareError {
     /// virtiofsd can't serve the folder.
     #[error("cannot serve the folder")]
     Open(#[source] io::Error),
+    /// The guest's mount can't be taken up again.
+    #[error("cannot take up the guest's mount")]
+    Mount(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The share's path is no text.
     #[error("the path of the shared folder is not UTF-8")]
     Path,
@@ -80,14 +92,45 @@ impl Options {
         let &Args { cache, read_only, xattr, announce_submounts, .. } = args;
         Self { cache, read_only, xattr, announce_submounts }
     }
+
+    fn manner(self) -> Manner {
+        let open_options = match self.cache {
+            Cache::Never => OpenOptions::DIRECT_IO,
+            Cache::Auto | Cache::Always => OpenOptions::empty(),
+        };
+        let attr_timeout = self.cache.timeout();
+        Manner { attr_timeout, open_options, read_only: self.read_only }
+    }
+
+    fn config(self, place: Place, guest_fds: u64) -> Result<Config, ShareError> {
+        let root_dir = place.root_dir.into_os_string().into_string();
+        Ok(Config {
+            entry_timeout: self.cache.timeout(),
+            attr_timeout: self.cache.timeout(),
+            cache_policy: self.cache.policy(),
+            root_dir: root_dir.map_err(|_path| ShareError::Path)?,
+            xattr: self.xattr,
+            proc_sfd_rawfd: Some(place.proc_self_fd),
+            announce_submounts: self.announce_submounts,
+            readdirplus: self.cache != Cache::Never,
+            guest_fd_limit: guest_fds,
+            ..Config::default()
+        })
+    }
 }
 
 /// The file server; shared by all workers, it locks what it has to.
 pub struct Share(Kind);
 
 enum Kind {
-    Writable(Server<PassthroughFs>),
-    ReadOnly(Server<PassthroughFsRo>),
+    Writable(Served<PassthroughFs>),
+    ReadOnly(Served<PassthroughFsRo>),
+}
+
+struct Served<F: Inner> {
+    server: Server<Lasting<F>>,
+    /// The same that the server has.
+    lasting: Lasting<F>,
 }
 
 impl Share {
@@ -95,35 +138,67 @@ impl Share {
     ///
     /// # Errors
     ///
-    /// Fails if the limit is too low, or if virtiofsd can't serve the folder.
-    pub fn open(place: Place, guest_fds: u64, options: Options) -> Result<Self, ShareError> {
-        let root_dir = place.root_dir.into_os_string().into_string();
-        let config = Config {
-            entry_timeout: options.cache.timeout(),
-            attr_timeout: options.cache.timeout(),
-            cache_policy: options.cache.policy(),
-            root_dir: root_dir.map_err(|_path| ShareError::Path)?,
-            xattr: options.xattr,
-            proc_sfd_rawfd: Some(place.proc_self_fd),
-            announce_submounts: options.announce_submounts,
-            readdirplus: options.cache != Cache::Never,
-            guest_fd_limit: guest_fds,
-            ..Config::default()
-        };
+    /// Fails if virtiofsd can't serve the folder, or not as a predecessor did.
+    pub fn open(
+        place: Place,
+        guest_fds: u64,
+        options: Options,
+        inheritance: Inheritance,
+    ) -> Result<Self, ShareError> {
+        let proc_self_fd = place.proc_self_fd.try_clone().map_err(ShareError::Open)?;
+        let Inheritance { table, store, held } = inheritance;
+        let keep = Keep::new(&place.root_dir, proc_self_fd, store).map_err(ShareError::Open)?;
+        let manner = options.manner();
+        let config = options.config(place, guest_fds)?;
         let kind = if options.read_only {
-            Kind::ReadOnly(Server::new(PassthroughFsRo::new(config).map_err(ShareError::Open)?))
+            let inner = PassthroughFsRo::new(config).map_err(ShareError::Open)?;
+            Kind::ReadOnly(Served::new(Lasting::new(inner, table, keep, manner), held)?)
         } else {
-            Kind::Writable(Server::new(PassthroughFs::new(config).map_err(ShareError::Open)?))
+            let inner = PassthroughFs::new(config).map_err(ShareError::Open)?;
+            Kind::Writable(Served::new(Lasting::new(inner, table, keep, manner), held)?)
         };
         Ok(Self(kind))
     }
 
-    /// Serves one request; gives the answer's length, in bytes, and what was wrong with it.
-    pub(crate) fn serve(&self, chain: &Chain) -> (u32, Option<Fault>) {
+    /// Serves one request of a queue; gives the answer's length, in bytes, and what was wrong with
+    /// it.
+    pub(crate) fn serve(&self, queue: usize, chain: &Chain) -> (u32, Option<Fault>) {
+        match &self.0 {
+            Kind::Writable(served) => served.serve(queue, chain),
+            Kind::ReadOnly(served) => served.serve(queue, chain),
+        }
+    }
+}
+
+impl<F: Inner> Served<F> {
+    fn new(lasting: Lasting<F>, held: Vec<(u64, OwnedFd)>) -> Result<Self, ShareError> {
+        let server = Server::new(lasting.clone());
+        if let Some(session) = lasting.session() {
+            mount::again(&server, &session).map_err(|error| ShareError::Mount(error.into()))?;
+            lasting.recover(held);
+        } else {
+            lasting.discard(&held);
+        }
+        Ok(Self { server, lasting })
+    }
+
+    fn serve(&self, queue: usize, chain: &Chain) -> (u32, Option<Fault>) {
         let Some(request) = Request::read(chain) else { return (0, Some(Fault::NoHeader)) };
+        let key = Key { unique: request.unique(), head: chain.head() };
+        if let Some(written_bytes) = self.lasting.begin(queue, key, chain.is_repeated()) {
+            return (written_bytes, None);
+        }
+        ticket::with(|ticket| ticket.is_plus = request.is_readdirplus());
         match self.attempt(request, chain) {
-            Ok(written_bytes) => (u32::try_from(written_bytes).unwrap_or(u32::MAX), None),
-            Err(fault) => (request.refuse(chain, libc::EIO), Some(fault)),
+            Ok(written_bytes) => {
+                let written_bytes = u32::try_from(written_bytes).unwrap_or(u32::MAX);
+                self.lasting.finish(Some(written_bytes));
+                (written_bytes, None)
+            }
+            Err(fault) => {
+                self.lasting.finish(None);
+                (request.refuse(chain, libc::EIO), Some(fault))
+            }
         }
     }
 
@@ -135,10 +210,14 @@ impl Share {
         let (reader, writer) = (view.reader()?, view.writer()?);
         // virtiofsd restores the thread's user and working directory while it unwinds.
         let handle = AssertUnwindSafe(|| self.handle(request, reader, writer));
-        match catch_unwind(handle) {
-            Ok(handled) => Ok(handled?),
-            Err(_panic) => Err(Fault::Panicked),
+        let written_bytes = match catch_unwind(handle) {
+            Ok(handled) => handled?,
+            Err(_panic) => return Err(Fault::Panicked),
+        };
+        if let Some(session) = request.session(chain) {
+            self.lasting.mounted(&session);
         }
+        Ok(written_bytes)
     }
 
     fn handle(
@@ -151,20 +230,9 @@ impl Share {
         const NO_FRONTEND: Option<&mut ()> = None;
         if request.begins_mount() {
             // A guest that crashed has not said that its last mount is over.
-            self.forget_mount();
+            self.server.destroy();
         }
-        match &self.0 {
-            Kind::Writable(server) => server.handle_message(reader, writer, NO_FRONTEND),
-            Kind::ReadOnly(server) => server.handle_message(reader, writer, NO_FRONTEND),
-        }
-    }
-
-    /// Closes all that the guest holds.
-    fn forget_mount(&self) {
-        match &self.0 {
-            Kind::Writable(server) => server.destroy(),
-            Kind::ReadOnly(server) => server.destroy(),
-        };
+        self.server.handle_message(reader, writer, NO_FRONTEND)
     }
 }
 

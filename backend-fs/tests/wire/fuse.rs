@@ -6,7 +6,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::Path;
 
-use backend_daemon::testing::{Buffer, Daemon, Driver, Options};
+use backend_daemon::testing::{Buffer, Daemon, Driver, Options, Request};
 
 pub(crate) const ROOT: u64 = 1;
 /// The request queue; 0 is the one for urgent requests.
@@ -16,11 +16,15 @@ pub(crate) const REQUESTS: u16 = 1;
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Op {
     Lookup = 1,
+    Forget = 2,
     Getattr = 3,
+    Setattr = 4,
     Symlink = 6,
     Mkdir = 9,
     Unlink = 10,
+    Rmdir = 11,
     Rename = 12,
+    Link = 13,
     Open = 14,
     Read = 15,
     Write = 16,
@@ -109,7 +113,7 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    fn parse(bytes: &[u8]) -> Self {
+    pub(crate) fn parse(bytes: &[u8]) -> Self {
         let attributes = &bytes[40..];
         Self {
             node: long(bytes, 0),
@@ -138,6 +142,15 @@ pub(crate) struct Guest {
     unique: u64,
 }
 
+/// A request without an answer yet.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sent {
+    queue: u16,
+    request: Request,
+    unique: u64,
+    op: Op,
+}
+
 /// Starts `nacre-fs` on `share`.
 pub(crate) fn serve(share: &Path, more: &[&str]) -> Daemon {
     let mut args: Vec<&OsStr> = vec!["--tag".as_ref(), "share".as_ref(), "--shared-dir".as_ref()];
@@ -149,7 +162,11 @@ pub(crate) fn serve(share: &Path, more: &[&str]) -> Daemon {
 impl Guest {
     /// Connects to the daemon and mounts the share.
     pub(crate) fn mount(daemon: &Daemon, queues: u16) -> Self {
-        let driver = Driver::connect(&daemon.socket(), &Options { queues, ..Options::default() });
+        Self::mount_with(daemon, &Options { queues, ..Options::default() })
+    }
+
+    pub(crate) fn mount_with(daemon: &Daemon, options: &Options) -> Self {
+        let driver = Driver::connect(&daemon.socket(), options);
         let mut guest = Self { driver, unique: 0 };
         guest.init();
         guest
@@ -168,17 +185,36 @@ impl Guest {
     }
 
     pub(crate) fn call_on(&mut self, queue: u16, call: &Call) -> Result<Vec<u8>, Errno> {
+        let sent = self.send(queue, call);
+        self.answer(sent)
+    }
+
+    /// Sends a request without waiting.
+    pub(crate) fn send(&mut self, queue: u16, call: &Call) -> Sent {
         self.unique += 2;
         let header = call.header(self.unique);
         let mut buffers = vec![Buffer::Out(&header)];
         buffers.extend([&call.arguments, &call.data].map(|part| Buffer::Out(part)));
         buffers.retain(|buffer| !matches!(buffer, Buffer::Out([])));
-        buffers.extend([Buffer::In(16), Buffer::In(call.room_bytes)]);
+        if !matches!(call.op, Op::Forget) {
+            buffers.extend([Buffer::In(16), Buffer::In(call.room_bytes)]);
+        }
         let request = self.driver.submit(queue, &buffers);
+        Sent { queue, request, unique: self.unique, op: call.op }
+    }
+
+    /// Waits until a request that has no answer is taken.
+    pub(crate) fn taken(&mut self, sent: Sent) {
+        assert_eq!(self.driver.wait(sent.queue, sent.request).written_bytes, 0);
+    }
+
+    /// Waits for the answer to a request.
+    pub(crate) fn answer(&mut self, sent: Sent) -> Result<Vec<u8>, Errno> {
+        let Sent { queue, request, unique, op } = sent;
         let answer = self.driver.wait(queue, request);
-        assert!(answer.written_bytes >= 16, "{:?} has no answer", call.op);
+        assert!(answer.written_bytes >= 16, "{op:?} has no answer");
         assert_eq!(word(&answer.bytes, 0), answer.written_bytes);
-        assert_eq!(long(&answer.bytes, 8), self.unique);
+        assert_eq!(long(&answer.bytes, 8), unique);
         match i32::from_le_bytes(answer.bytes[4..8].try_into().unwrap()) {
             0 => Ok(answer.bytes[16..answer.written_bytes as usize].to_vec()),
             error => Err(-error),
