@@ -2,6 +2,7 @@
 
 use std::env;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
@@ -77,6 +78,28 @@ pub fn shell_initramfs() -> Result<PathBuf> {
 /// Fails outside `cargo xtask test`.
 pub fn busybox_rootfs() -> Result<PathBuf> {
     given("NACRE_ROOTFS")
+}
+
+/// The root of a Debian system with the programs that tests run in a guest, such as fio.
+///
+/// # Errors
+///
+/// Fails outside `cargo xtask test`.
+pub fn tools_root() -> Result<PathBuf> {
+    given("NACRE_TOOLS")
+}
+
+/// Debian's own virtiofsd.
+///
+/// # Errors
+///
+/// Fails outside `cargo xtask test`.
+pub fn virtiofsd() -> Result<Command> {
+    let words = env::var("NACRE_VIRTIOFSD").context("no NACRE_VIRTIOFSD: run cargo xtask test")?;
+    let mut words = words.split_whitespace();
+    let mut command = Command::new(words.next().context("NACRE_VIRTIOFSD is empty")?);
+    command.args(words);
+    Ok(command)
 }
 
 fn given(variable: &str) -> Result<PathBuf> {

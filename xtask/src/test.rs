@@ -80,7 +80,9 @@ pub fn run(root: &Path, arguments: &TestArguments) -> Result<bool> {
         [] => Layer::value_variants().iter().copied().collect(),
         some => some.iter().copied().collect(),
     };
-    machine::need(&[machine::BUILD_PACKAGES, machine::TEST_PACKAGES].concat())?;
+    let packages = [machine::BUILD_PACKAGES, machine::TEST_PACKAGES].concat();
+    machine::need_root(&[packages.as_slice(), machine::TREE_PACKAGES].concat())?;
+    machine::need(&packages)?;
     let mut all_ran = true;
     let mut tally = Tally::default();
     for layer in layers {

@@ -9,11 +9,14 @@ use anyhow::{Context, Result};
 
 use crate::cache::Cache;
 use crate::guest_image::{GuestImage, busybox_rootfs};
+use crate::host::Host;
 use crate::packages::kernel::Kernel;
 use crate::packages::tree::Tree;
 use crate::programs::Programs;
 use crate::shell_image;
 use crate::test::{Tally, build_bare_guest, build_test, count_tests};
+
+const VIRTIOFSD: &str = "usr/libexec/virtiofsd";
 
 /// What a guest needs, as variables for a test program.
 fn variables(cache: &Cache, programs: &Programs) -> Result<Vec<(&'static str, PathBuf)>> {
@@ -36,15 +39,29 @@ pub(crate) fn run(root: &Path, filter: &[String], tally: &mut Tally) -> Result<(
     let cache = Cache::open()?;
     let programs = Programs::build()?;
     let test = build_test(root, "linux")?;
+    let (tools, virtiofsd) = tools(&cache)?;
     // This same program knows how to run a command on whichever host there is.
     let mut command = Command::new(env::current_exe().context("my own program")?);
     command.arg("host").arg("--bind").arg(cache.root());
     for (name, value) in variables(&cache, &programs)? {
         command.arg("--env").arg(format!("{name}={}", value.display()));
     }
+    command.arg("--env").arg(format!("NACRE_TOOLS={}", tools.display()));
+    command.arg("--env").arg(format!("NACRE_VIRTIOFSD={virtiofsd}"));
     // One sandbox at a time: two processors, which may themselves be emulated, are what there is.
     command.arg("--").arg(test).arg("--test-threads=1").args(filter);
     count_tests(&mut command, tally)
+}
+
+/// A root with fio and its like, and Debian's virtiofsd as words: the emulated host's own, and the
+/// same out of the host's package tree where there is no such host.
+fn tools(cache: &Cache) -> Result<(PathBuf, String)> {
+    if !Host::is_direct()? {
+        return Ok((PathBuf::from("/"), format!("/{VIRTIOFSD}")));
+    }
+    let tree = Tree::prepare(cache, &Kernel::prepare(cache)?)?;
+    let virtiofsd = words(&tree.command(VIRTIOFSD)).into_string().ok();
+    Ok((tree.path(""), virtiofsd.context("the cache's path is not text")?))
 }
 
 /// Builds everything and runs the interoperation tests on this machine.

@@ -5,6 +5,7 @@ use std::process::Command;
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
+use nacre_tests::artifacts;
 use nacre_tests::nacre::User;
 use nacre_tests::packet;
 
@@ -17,7 +18,8 @@ fn a_disk_is_written_and_verified_by_fio() -> Result<()> {
     let fio = "fio --name=verify --filename=/dev/disk-0 --direct=1 --ioengine=libaio --iodepth=16 \
         --rw=randwrite --bs=4k --size=16M --verify=crc32c --do_verify=1 --minimal >/dev/null && \
         echo host-sees-this | dd of=/dev/disk-0 bs=512 seek=100000 conv=sync,fsync 2>/dev/null";
-    let options = ["--rootfs", "/", "--disk", &path];
+    let tools = artifacts::tools_root()?.display().to_string();
+    let options = ["--rootfs", &tools, "--disk", &path];
     User::new()?.run(&options, &["sh", "-c", fio])?.code(0)?;
     let image = fs::read(&disk)?;
     ensure!(image[100_000 * 512..].starts_with(b"host-sees-this"), "not in the file");

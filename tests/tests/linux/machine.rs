@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
 use nacre_proto::exit::VmmExit;
@@ -90,11 +90,11 @@ fn a_panic_of_the_guests_kernel_is_told_by_the_exit_code() -> Result<()> {
 fn debians_virtiofsd_serves_a_share() -> Result<()> {
     let (dir, share) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let socket = dir.path().join("virtiofsd.sock");
-    let program = Path::new("/usr/libexec/virtiofsd");
-    let mut command = Command::new(program);
+    let mut command = artifacts::virtiofsd()?;
+    let program = command.get_program().to_owned();
     command.args(["--sandbox", "none", "--socket-path"]).arg(&socket);
     command.arg("--shared-dir").arg(share.path()).stdout(Stdio::null());
-    let _backend = Process::start(program, &mut command)?;
+    let _backend = Process::start(program.as_ref(), &mut command)?;
     until("virtiofsd's socket", || Ok(socket.exists()))?;
     fs::write(share.path().join("from-host"), "salve\n")?;
     // This backend has no configuration space: the supervisor gives it.

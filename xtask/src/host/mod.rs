@@ -48,16 +48,18 @@ impl Host {
     /// The variable has another value, or the emulated host's parts cannot be made.
     pub fn choose(cache: &Cache) -> Result<Self> {
         let class = probe();
-        let direct = match env::var(HOST_VARIABLE).as_deref() {
-            Ok("direct") => true,
-            Ok("emulated") => false,
-            Ok("") | Err(_) => class == KvmClass::Full,
-            Ok(other) => bail!("{HOST_VARIABLE} is {other}: neither direct nor emulated"),
-        };
-        if direct {
+        if forced()?.unwrap_or(class == KvmClass::Full) {
             return Ok(Self::Direct);
         }
         Ok(Self::Emulated(Box::new(Emulated::prepare(cache)?), class))
+    }
+
+    /// Whether this machine's own `/dev/kvm` will be used; prepares nothing.
+    ///
+    /// # Errors
+    /// The variable has another value.
+    pub fn is_direct() -> Result<bool> {
+        Ok(forced()?.unwrap_or_else(|| probe() == KvmClass::Full))
     }
 
     /// One line for people: which host, and why.
@@ -66,5 +68,15 @@ impl Host {
             Self::Direct => "host: this machine's /dev/kvm".to_owned(),
             Self::Emulated(_, class) => format!("host: emulated ({class})"),
         }
+    }
+}
+
+/// What `NACRE_HOST` asks for, if anything: whether to use this machine.
+pub(crate) fn forced() -> Result<Option<bool>> {
+    match env::var(HOST_VARIABLE).as_deref() {
+        Ok("direct") => Ok(Some(true)),
+        Ok("emulated") => Ok(Some(false)),
+        Ok("") | Err(_) => Ok(None),
+        Ok(other) => bail!("{HOST_VARIABLE} is {other}: neither direct nor emulated"),
     }
 }

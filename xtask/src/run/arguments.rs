@@ -22,6 +22,8 @@ pub(super) struct Mapping {
     pub(super) interactive: bool,
     /// Whether the sandbox outlives the command.
     pub(super) detached: bool,
+    /// Whether the sandbox has a network.
+    pub(super) network: bool,
 }
 
 /// What an option's value is.
@@ -129,6 +131,7 @@ impl Mapping {
         self.terminal |= argument == "--tty" || has('t');
         self.interactive |= argument == "--interactive" || has('i');
         self.detached |= argument == "--detach" || has('d');
+        self.network |= argument == "--net";
     }
 
     fn value(
@@ -209,6 +212,7 @@ mod tests {
         assert!(map("-it sh").terminal);
         assert!(map("--tty sh").terminal);
         assert!(map("-d sh").detached);
+        assert!(map("--net sh").network && !map("sh --net").network);
         let mapping = map("-ite A=1 sh");
         assert!(mapping.terminal);
         assert_eq!(mapping.arguments, ["-ite", "A=1", "sh"]);

@@ -8,6 +8,7 @@ use crate::cache::{CACHE_VARIABLE, Cache};
 use crate::guest_image::{GuestImage, busybox_rootfs};
 use crate::host::command::IDLE_MAX;
 use crate::host::{Emulated, Host, job};
+use crate::packages::machine;
 use crate::programs::Programs;
 use crate::report::say;
 use anyhow::{Context, Result};
@@ -72,10 +73,23 @@ impl NacreArguments {
     /// # Errors
     /// Something cannot be built or prepared, or the host cannot be used.
     pub fn run(self) -> Result<ExitCode> {
+        let mapping = match self.argv.split_first() {
+            Some((command, rest)) if command == "run" => {
+                Some(map_run(rest, |name| env::var(name).ok())?)
+            }
+            _ => None,
+        };
+        // What this machine or its user lacks is said before anything is built.
+        let direct = Host::is_direct()?;
+        let network = direct && mapping.as_ref().is_some_and(|mapping| mapping.network);
+        machine::need_root(&packages(direct, network))?;
+        if network {
+            machine::need(machine::NETWORK_PACKAGES)?;
+        }
         let cache = Cache::open()?;
-        let (prepared, mapping) = match self.argv.split_first() {
-            Some((command, rest)) if command == "run" => prepare_run(&cache, rest)?,
-            _ => prepare_other(self.argv)?,
+        let (prepared, mapping) = match mapping {
+            Some(mapping) => prepare_run(&cache, mapping)?,
+            None => prepare_other(self.argv)?,
         };
         let host = Host::choose(&cache)?;
         say(&host.describe());
@@ -90,10 +104,16 @@ impl NacreArguments {
     }
 }
 
-fn prepare_run(cache: &Cache, arguments: &[String]) -> Result<(Prepared, Mapping)> {
+/// All that a run may install.
+fn packages(direct: bool, network: bool) -> Vec<&'static str> {
+    let host = if direct { &[] } else { machine::TREE_PACKAGES };
+    let network = if network { machine::NETWORK_PACKAGES } else { &[] };
+    [machine::BUILD_PACKAGES, host, network].concat()
+}
+
+fn prepare_run(cache: &Cache, mut mapping: Mapping) -> Result<(Prepared, Mapping)> {
     let programs = Programs::build()?;
     let guest = GuestImage::prepare(cache, &programs.agent)?;
-    let mut mapping = map_run(arguments, |name| env::var(name).ok())?;
     if !mapping.has_root {
         let rootfs = busybox_rootfs(cache)?;
         mapping.arguments.insert(0, "--rootfs".to_owned());
