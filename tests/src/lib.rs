@@ -11,6 +11,7 @@ pub mod nacre;
 pub mod packet;
 pub mod process;
 pub mod relay;
+pub mod soak;
 pub mod terminal;
 pub mod xtask;
 

@@ -21,6 +21,21 @@ pub const SANDBOX_PATIENCE: Duration = Duration::from_secs(240);
 /// none can be taken away, so it comes to its end at once.
 pub const EATER: &[&str] = &["dd", "if=/dev/zero", "of=/dev/shm/x", "bs=1M", "count=60"];
 
+/// The steps of creating a sandbox, as the programs' debug builds know them.
+pub const CREATE_STEPS: [&str; 11] = [
+    "claim",
+    "network",
+    "cgroup",
+    "backends-spawned",
+    "backends-ready",
+    "vmm",
+    "agent",
+    "configure",
+    "create-container",
+    "streams",
+    "start-container",
+];
+
 /// A user with an empty state folder.
 #[derive(Debug)]
 pub struct User {

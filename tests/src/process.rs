@@ -162,17 +162,28 @@ pub fn read_all(mut pipe: impl Read + Send + 'static) -> JoinHandle<String> {
 ///
 /// Fails if the kernel can't be asked.
 pub fn child_of(parent: u32, name: &str) -> Result<Option<Pid>> {
+    let children = children_of(parent)?;
+    Ok(children.into_iter().find(|(_, comm)| comm == name).map(|(pid, _)| pid))
+}
+
+/// The children of process `parent` and how they are called.
+///
+/// # Errors
+///
+/// Fails if the kernel can't be asked.
+pub fn children_of(parent: u32) -> Result<Vec<(Pid, String)>> {
+    let mut children = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let path = entry?.path();
         let Ok(stat) = fs::read_to_string(path.join("stat")) else { continue };
         let Some((start, rest)) = stat.split_once(") ") else { continue };
         let Some((pid, comm)) = start.split_once(" (") else { continue };
         let of = rest.split(' ').nth(1).and_then(|of| of.parse::<u32>().ok());
-        if comm == name && of == Some(parent) {
-            return Ok(Pid::from_raw(pid.parse()?));
+        if of == Some(parent) {
+            children.extend(Pid::from_raw(pid.parse()?).map(|pid| (pid, comm.to_owned())));
         }
     }
-    Ok(None)
+    Ok(children)
 }
 
 /// The child of process `parent` that is called `name`, once it is there.

@@ -15,6 +15,7 @@ pub mod programs;
 pub mod report;
 pub mod run;
 pub mod shell_image;
+pub mod soak;
 mod sys;
 pub mod test;
 mod test_bare;

@@ -11,6 +11,7 @@ use xtask::packages::tree::Tree;
 use xtask::programs::workspace;
 use xtask::report::say;
 use xtask::run::{NacreArguments, RunArguments, SETUP_FAILED};
+use xtask::soak::SoakArguments;
 use xtask::test::{self, TestArguments};
 use xtask::tidy;
 
@@ -33,6 +34,8 @@ enum Task {
     Nacre(NacreArguments),
     /// Runs the tests, layer by layer; see README.md
     Test(TestArguments),
+    /// Storms of boots, kills and failures, for as long as asked; see CONTRIBUTING.md
+    Soak(SoakArguments),
     /// Checks what lints cannot: crate graph, licences, file heads, names, unsafe's places
     Tidy,
     /// Installs the Debian packages that building the workspace needs
@@ -74,6 +77,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
             let passed = test::run(workspace()?, &arguments)?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
+        Task::Soak(arguments) => arguments.run(),
         Task::Tidy => tidy::run(workspace()?).map(|()| ExitCode::SUCCESS),
         Task::Setup => machine::need(machine::BUILD_PACKAGES).map(|()| ExitCode::SUCCESS),
         Task::HostServe(arguments) => arguments.run(),

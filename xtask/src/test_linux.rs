@@ -39,18 +39,24 @@ pub(crate) fn run(root: &Path, filter: &[String], tally: &mut Tally) -> Result<(
     let cache = Cache::open()?;
     let programs = Programs::build()?;
     let test = build_test(root, "linux")?;
-    let (tools, virtiofsd) = tools(&cache)?;
-    // This same program knows how to run a command on whichever host there is.
+    let mut command = host_command(&cache, &programs)?;
+    // One sandbox at a time: two processors, which may themselves be emulated, are what there is.
+    command.arg("--").arg(test).arg("--test-threads=1").args(filter);
+    count_tests(&mut command, tally)
+}
+
+/// This same program, which knows how to run a command on whichever host there is, with all the
+/// variables for a test program; `--` and that program are to follow.
+pub(crate) fn host_command(cache: &Cache, programs: &Programs) -> Result<Command> {
+    let (tools, virtiofsd) = tools(cache)?;
     let mut command = Command::new(env::current_exe().context("my own program")?);
     command.arg("host").arg("--bind").arg(cache.root());
-    for (name, value) in variables(&cache, &programs)? {
+    for (name, value) in variables(cache, programs)? {
         command.arg("--env").arg(format!("{name}={}", value.display()));
     }
     command.arg("--env").arg(format!("NACRE_TOOLS={}", tools.display()));
     command.arg("--env").arg(format!("NACRE_VIRTIOFSD={virtiofsd}"));
-    // One sandbox at a time: two processors, which may themselves be emulated, are what there is.
-    command.arg("--").arg(test).arg("--test-threads=1").args(filter);
-    count_tests(&mut command, tally)
+    Ok(command)
 }
 
 /// A root with fio and its like, and Debian's virtiofsd as words: the emulated host's own, and the

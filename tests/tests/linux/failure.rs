@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use nacre_proto::exit::RunExit;
 use nacre_tests::artifacts;
 use nacre_tests::leftovers::Leftovers;
-use nacre_tests::nacre::{Answer, EATER, User, finish};
+use nacre_tests::nacre::{Answer, CREATE_STEPS, EATER, User, finish};
 use nacre_tests::process::{Process, kill_child_of};
 
 fn setup_fails(options: &[&str], tells: &str) -> Result<()> {
@@ -134,21 +134,6 @@ fn a_guest_that_leaves_by_itself_has_its_own_code() -> Result<()> {
     before.and_nothing_more(user.state())
 }
 
-/// The steps of creating a sandbox, as the programs' debug builds know them.
-const STEPS: [&str; 11] = [
-    "claim",
-    "network",
-    "cgroup",
-    "backends-spawned",
-    "backends-ready",
-    "vmm",
-    "agent",
-    "configure",
-    "create-container",
-    "streams",
-    "start-container",
-];
-
 #[test]
 fn failure_at_every_step_of_create_leaves_nothing_behind() -> Result<()> {
     let user = User::new()?;
@@ -157,7 +142,7 @@ fn failure_at_every_step_of_create_leaves_nothing_behind() -> Result<()> {
     let disk = dir.path().join("disk.img");
     fs::write(&disk, vec![0; 1 << 20])?;
     let disk = disk.display().to_string();
-    for step in STEPS {
+    for step in CREATE_STEPS {
         let mut command = user.run_command(&["--net", "--disk", &disk], &["true"])?;
         let answer = finish(command.env("NACRE_FAIL_AT", step))?;
         ensure!(answer.code != Some(0), "{step}: {answer:?}");
