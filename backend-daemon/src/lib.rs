@@ -13,6 +13,7 @@ pub mod testing;
 
 mod doorbell;
 mod early;
+mod fault;
 mod inflight;
 mod memory;
 mod poll;

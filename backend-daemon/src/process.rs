@@ -27,7 +27,7 @@ use self::signals::Signals;
 use self::socket::{Socket, SocketError};
 use self::threads::{Threads, ThreadsError};
 use crate::device::{Device, DeviceError};
-use crate::{logging, sys};
+use crate::{fault, logging, sys};
 
 /// What one kind of backend may do, and says of itself.
 #[derive(Clone, Copy, Debug)]
@@ -161,6 +161,7 @@ pub fn run<D: Device>(
     build: impl FnOnce() -> Result<D, BuildError>,
 ) -> ExitCode {
     logging::start(name, args.log_level);
+    fault::arm();
     let exit = if args.print_capabilities {
         print_capabilities(policy).map(|()| BackendExit::Done)
     } else {

@@ -20,6 +20,7 @@ use vhost::vhost_user::{
 
 use crate::device::Device;
 use crate::early;
+use crate::fault::{self, Moment};
 use crate::logging::chain;
 use crate::memory::MAX_REGIONS;
 use crate::session::{Session, SessionError};
@@ -50,6 +51,7 @@ pub(crate) fn serve<D: Device>(
     loop {
         // A socket that fails here fails for the handler too, which then says how.
         let early = early::peek(&own).unwrap_or_default();
+        fault::pass(&Moment::MessageCame);
         match handler.handle_request() {
             Ok(()) | Err(Error::SocketRetry(_)) => {}
             Err(Error::Disconnected) => {
@@ -73,6 +75,7 @@ pub(crate) fn serve<D: Device>(
                 break;
             }
         }
+        fault::pass(&Moment::MessageHandled);
     }
     drop(handler);
     session.lock().unwrap_or_else(PoisonError::into_inner).end()

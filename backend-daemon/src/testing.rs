@@ -30,7 +30,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use self::daemon::Daemon;
-use self::frontend::{Connection, Inflight};
+use self::frontend::{Connection, Inflight, Told};
 use self::memory::GuestMemory;
 pub use self::memory::Region;
 use self::queue::{Descriptor, GuestQueue};
@@ -128,26 +128,30 @@ impl Driver {
     #[must_use]
     pub fn adopt(stream: UnixStream, options: &Options) -> Self {
         let memory = GuestMemory::new(options);
-        let connection = Connection::new(stream, options);
+        let connection = Connection::new(stream, options).unwrap();
         let queues = (0..options.queues).map(|index| GuestQueue::new(index, options)).collect();
         let mut driver = Self { options: *options, connection, memory, queues, inflight: None };
-        driver.set_up(&vec![0; options.queues.into()]);
+        driver.set_up(&vec![0; options.queues.into()]).unwrap();
         driver
     }
 
-    fn set_up(&mut self, bases: &[u16]) {
-        self.connection.set_memory(&self.memory);
+    fn set_up(&mut self, bases: &[u16]) -> Told<()> {
+        self.connection.set_memory(&self.memory)?;
         if self.options.inflight {
             let Options { queue_size, queues, .. } = self.options;
-            let made = || self.connection.get_inflight(queue_size, queues);
-            let region = self.inflight.get_or_insert_with(made);
-            self.connection.set_inflight(region);
+            let region = match self.inflight.take() {
+                Some(region) => region,
+                None => self.connection.get_inflight(queue_size, queues)?,
+            };
+            let region = self.inflight.insert(region);
+            self.connection.set_inflight(region)?;
         }
         let event_idx = self.connection.has_event_idx();
         for (queue, base) in self.queues.iter_mut().zip(bases) {
             queue.event_idx = event_idx;
-            self.connection.start_queue(queue, &self.memory, *base);
+            self.connection.start_queue(queue, &self.memory, *base)?;
         }
+        Ok(())
     }
 
     /// The features that were negotiated.
@@ -264,7 +268,8 @@ impl Driver {
 
     /// Starts a stopped queue at a position.
     pub fn start_queue(&mut self, queue: u16, base: u16) {
-        self.connection.start_queue(&self.queues[usize::from(queue)], &self.memory, base);
+        let queue = &self.queues[usize::from(queue)];
+        self.connection.start_queue(queue, &self.memory, base).unwrap();
     }
 
     /// Disables or enables a queue.
@@ -279,17 +284,26 @@ impl Driver {
         for queue in &mut self.queues {
             queue.clear(&mut self.memory);
         }
-        self.set_up(&vec![0; self.options.queues.into()]);
+        self.set_up(&vec![0; self.options.queues.into()]).unwrap();
     }
 
     /// Hangs up and connects again, as a frontend does whose backend went: with the same memory
     /// and rings, from where the used rings stand, and with the region of requests in flight.
     pub fn reconnect(&mut self, socket: &Path) {
+        self.try_reconnect(connect_soon(socket)).unwrap();
+    }
+
+    /// The same to a daemon that may die meanwhile; gives whether it serves.
+    pub fn reconnects(&mut self, stream: UnixStream) -> bool {
+        self.try_reconnect(stream).is_ok()
+    }
+
+    fn try_reconnect(&mut self, stream: UnixStream) -> Told<()> {
         self.connection.hang_up();
-        self.connection = Connection::new(connect_soon(socket), &self.options);
+        self.connection = Connection::new(stream, &self.options)?;
         let bases: Vec<u16> =
             self.queues.iter().map(|queue| queue.used_index(&self.memory)).collect();
-        self.set_up(&bases);
+        self.set_up(&bases)
     }
 
     /// The bytes of the region in which requests in flight are marked.
@@ -320,7 +334,7 @@ impl Driver {
 
     /// Sends the whole memory table again (`SET_MEM_TABLE`) while the rings run.
     pub fn resend_memory(&mut self) {
-        self.connection.set_memory(&self.memory);
+        self.connection.set_memory(&self.memory).unwrap();
     }
 
     /// Sends bytes that are no message; the daemon is expected to hang up.

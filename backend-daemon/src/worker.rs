@@ -16,6 +16,7 @@ use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 
 use crate::device::{DeviceError, QueueIndex, Rings, Worker};
 use crate::doorbell::{Doorbell, Heard};
+use crate::fault::{self, Moment};
 use crate::logging::{Limit, chain};
 use crate::poll::{Poll, Wake};
 use crate::ring::{MemoryGuard, Ring, RingError, Stand};
@@ -246,12 +247,14 @@ impl<W: Worker> Thread<W> {
             Err(DeviceError::Ring(error)) => Some(error),
             Err(host) => return Err(host),
         };
+        fault::pass(&Moment::Served);
         for position in 0..self.rings.len() {
             let Some(ring) = &mut self.rings[position].1 else { continue };
             if let Err(error) = ring.announce() {
                 self.break_ring(position, &error);
             }
         }
+        fault::pass(&Moment::Announced);
         if let Some(error) = fault {
             self.blame(queue, &error);
         }

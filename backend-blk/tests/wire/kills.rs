@@ -1,199 +1,216 @@
 //! The process is killed again and again under load, and the guest sees nothing of it.
+//!
+//! The environment makes these tests longer: `NACRE_TORTURE_SEEDS`, `NACRE_TORTURE_KILLS` for each
+//! seed, and `NACRE_TORTURE_STEPS`.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::collections::BTreeSet;
+use std::env;
+use std::ffi::OsStr;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use backend_daemon::testing::{Buffer, DEADLINE, Daemon, Driver, Options, Request};
+use backend_daemon::testing::{DEADLINE, Daemon, Driver, Options, connect_soon};
 use rustix::fs::{FlockOperation, fcntl_lock};
 use rustix::process::Signal;
 use tempfile::NamedTempFile;
 
-use super::{DISK_BYTES, FLUSH, OK, OUT, header, image, pattern, read, start, write};
+use super::guest::{Dice, Guest};
+use super::{OK, image, pattern, read, start, write};
 
-const BLOCK_BYTES: u64 = 4096;
-const BLOCKS: u64 = DISK_BYTES / BLOCK_BYTES;
-const DEPTH: usize = 32;
-const KILLS: u32 = 300;
-
-/// A request on its way.
-struct Pending {
-    request: Request,
-    what: What,
+fn from_environment(name: &str, otherwise: u32) -> u32 {
+    env::var(name).map_or(otherwise, |value| value.parse().unwrap())
 }
 
-#[derive(Clone, Copy)]
-enum What {
-    /// One of a block's versions.
-    Write { block: u64, version: u64 },
-    /// Takes longer than a write, so that answers come out of order.
-    Flush,
+/// One guest's storm, with all that follows from its seed.
+struct Storm {
+    disk: NamedTempFile,
+    arguments: Vec<String>,
+    daemon: Daemon,
+    guest: Guest,
+    left_in_flight: usize,
 }
 
-impl Pending {
-    fn writes_to(&self, to: u64) -> bool {
-        matches!(self.what, What::Write { block, .. } if block == to)
-    }
+/// How a device is used, and the arguments to have it so.
+fn device(dice: &mut Dice) -> (Options, Vec<String>) {
+    let options = Options {
+        inflight: true,
+        queues: 1 << dice.roll(3),
+        queue_size: 64 << dice.roll(3),
+        event_idx: dice.is_head(),
+        indirect: dice.is_head(),
+        misaligned_bytes: [0, 0, 8, 512][usize::try_from(dice.roll(4)).unwrap()],
+        ..Options::default()
+    };
+    let (queues, size) = (options.queues.to_string(), options.queue_size.to_string());
+    let engine = if dice.roll(4) == 0 { "blocking" } else { "auto" };
+    let words = ["--lock-wait", "60", "--engine", engine, "--num-queues", &queues];
+    let mut arguments: Vec<String> = words.map(str::to_owned).to_vec();
+    arguments.extend(["--queue-size".to_owned(), size]);
+    arguments.extend(dice.is_head().then(|| "--direct".to_owned()));
+    (options, arguments)
 }
 
-/// What a guest knows of its disk.
-struct Guest {
-    driver: Driver,
-    dice: u64,
-    acknowledged: Vec<u64>,
-    pending: Vec<Pending>,
-    submitted: u64,
-    answered: u64,
-}
-
-fn bytes(block: u64, version: u64) -> Vec<u8> {
-    if version == 0 {
-        return vec![0; usize::try_from(BLOCK_BYTES).unwrap()];
-    }
-    pattern(block << 32 | version, usize::try_from(BLOCK_BYTES).unwrap())
-}
-
-impl Guest {
-    fn new(driver: Driver) -> Self {
-        let acknowledged = vec![0; usize::try_from(BLOCKS).unwrap()];
-        Self { driver, dice: 1, acknowledged, pending: Vec::new(), submitted: 0, answered: 0 }
+impl Storm {
+    fn begin(options: Options, arguments: Vec<String>, dice: Dice) -> Self {
+        let disk = image();
+        let daemon = start(&disk, &words(&arguments));
+        let driver = Driver::connect(&daemon.socket(), &options);
+        let guest = Guest::new(driver, options, dice);
+        Self { disk, arguments, daemon, guest, left_in_flight: 0 }
     }
 
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.dice =
-            self.dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963);
-        (self.dice >> 33) % sides
+    /// Kills the process some time after `work` has begun, and gives its successor's socket.
+    fn kill_during(&mut self, delay: Duration, work: impl FnOnce(&mut Guest, &AtomicBool)) {
+        let (daemon, over) = (&self.daemon, AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(delay);
+                daemon.signal(Signal::KILL);
+                over.store(true, Ordering::Release);
+            });
+            work(&mut self.guest, &over);
+        });
+        self.daemon.wait();
     }
 
-    fn version(&mut self, block: u64) -> &mut u64 {
-        &mut self.acknowledged[usize::try_from(block).unwrap()]
-    }
-
-    /// Fills the queue, with at most one write to a block at a time.
-    fn submit(&mut self) {
-        while self.pending.len() < DEPTH {
-            let block = self.roll(BLOCKS);
-            if self.roll(8) == 0 {
-                let header = header(FLUSH, 0);
-                let request = self.driver.submit(0, &[Buffer::Out(&header), Buffer::In(1)]);
-                self.pending.push(Pending { request, what: What::Flush });
-            } else if !self.pending.iter().any(|pending| pending.writes_to(block)) {
-                let version = *self.version(block) + 1;
-                let (header, data) =
-                    (header(OUT, block * BLOCK_BYTES / 512), bytes(block, version));
-                let buffers = [Buffer::Out(&header), Buffer::Out(&data), Buffer::In(1)];
-                let request = self.driver.submit(0, &buffers);
-                self.pending.push(Pending { request, what: What::Write { block, version } });
-            } else {
-                continue;
+    /// One process's life.
+    fn round(&mut self, stream: UnixStream) {
+        let delay = Duration::from_micros(self.guest.dice.roll(3000));
+        match self.guest.dice.roll(3) {
+            // In the midst of the handshake, or of what its predecessor has left.
+            0 => self.kill_during(delay / 2, |guest, _over| {
+                guest.submit();
+                // Whether it gets so far does not matter.
+                let _serves = guest.driver.reconnects(stream);
+                guest.collect();
+            }),
+            // In the midst of work.
+            _ => {
+                assert!(self.guest.driver.reconnects(stream));
+                self.guest.work();
+                self.kill_during(delay, |guest, over| {
+                    while !over.load(Ordering::Acquire) {
+                        guest.submit();
+                        guest.collect();
+                    }
+                });
             }
-            self.submitted += 1;
+        }
+        self.guest.collect();
+        self.left_in_flight += self.guest.marked();
+        self.guest.submit();
+        // The others start while their predecessor's writes may still be on their way.
+        if self.guest.dice.is_head() {
+            self.check();
         }
     }
 
-    /// Takes what was answered; that nothing is answered twice, the driver sees to.
-    fn collect(&mut self) {
-        for pending in std::mem::take(&mut self.pending) {
-            let Some(answer) = self.driver.wait_for(0, pending.request, Duration::ZERO) else {
-                self.pending.push(pending);
-                continue;
-            };
-            assert_eq!(answer.bytes, [OK]);
-            if let What::Write { block, version } = pending.what {
-                *self.version(block) = version;
-            }
-            self.answered += 1;
+    /// Looks at the disk once nothing of the dead process holds it.
+    fn check(&mut self) {
+        let own = self.disk.reopen().unwrap();
+        let deadline = Instant::now() + DEADLINE;
+        while fcntl_lock(&own, FlockOperation::NonBlockingLockExclusive).is_err() {
+            assert!(Instant::now() < deadline, "the disk stays locked");
+            thread::sleep(Duration::from_millis(1));
         }
+        self.guest.check(self.disk.as_file());
+        // The lock goes with the descriptor.
     }
 
-    /// Goes on until something is answered.
-    fn work(&mut self) {
-        let (answered, deadline) = (self.answered, Instant::now() + DEADLINE);
-        while self.answered == answered {
-            assert!(Instant::now() < deadline, "nothing is answered any more");
-            self.submit();
-            self.collect();
-        }
+    fn start(&mut self) -> UnixStream {
+        self.daemon = start(&self.disk, &words(&self.arguments));
+        connect_soon(&self.daemon.socket())
     }
 
-    /// How many requests the device has marked, and has not answered.
-    fn marked(&self) -> usize {
-        let region = self.driver.inflight_region();
-        region[16..].chunks_exact(16).filter(|entry| entry[0] != 0).count()
-    }
-
-    /// Looks at the disk while nobody writes there: each block is what was acknowledged, or what
-    /// is on its way.
-    fn check(&mut self, disk: &File) {
-        let mut found = vec![0; usize::try_from(BLOCK_BYTES).unwrap()];
-        for block in 0..BLOCKS {
-            disk.read_exact_at(&mut found, block * BLOCK_BYTES).unwrap();
-            let version = *self.version(block);
-            let on_its_way = self.pending.iter().any(|pending| pending.writes_to(block));
-            let is_new = on_its_way && found == bytes(block, version + 1);
-            assert!(is_new || found == bytes(block, version), "block {block} lost {version}");
-        }
+    /// A last successor answers all that is left.
+    fn end(mut self) {
+        let stream = self.start();
+        assert!(self.guest.driver.reconnects(stream));
+        self.guest.finish();
+        self.guest.check(self.disk.as_file());
     }
 }
 
-/// Kills the daemon, and waits until it is gone and nothing of it holds the disk.
-fn kill(daemon: &mut Daemon, disk: &NamedTempFile) {
-    daemon.signal(Signal::KILL);
-    daemon.wait();
-    let own = disk.reopen().unwrap();
-    let deadline = Instant::now() + DEADLINE;
-    while fcntl_lock(&own, FlockOperation::NonBlockingLockExclusive).is_err() {
-        assert!(Instant::now() < deadline, "the disk stays locked");
-        thread::sleep(Duration::from_millis(1));
-    }
-    // The lock goes with the descriptor.
+fn words(arguments: &[String]) -> Vec<&str> {
+    arguments.iter().map(String::as_str).collect()
 }
 
-fn kill_again_and_again(engine: &str, is_plain: bool, kills: u32) {
-    let disk = image();
-    let extra = ["--direct", "--queue-size", "128", "--engine", engine];
-    let mut daemon = start(&disk, &extra);
-    let options = Options { inflight: true, event_idx: !is_plain, ..Options::default() };
-    let options = Options { indirect: !is_plain, queue_size: 128, ..options };
-    let mut guest = Guest::new(Driver::connect(&daemon.socket(), &options));
-    let mut left_in_flight = 0;
-    for round in 0..kills {
-        // Every other one at once, in the midst of what its predecessor has left.
-        if round % 2 == 1 {
-            guest.work();
-        }
-        let until = Instant::now() + Duration::from_micros(guest.roll(2000));
-        while Instant::now() < until {
-            guest.submit();
-            guest.collect();
-        }
-        guest.submit();
-        kill(&mut daemon, &disk);
-        guest.collect();
-        guest.check(disk.as_file());
-        left_in_flight += guest.marked();
-        daemon = start(&disk, &extra);
-        guest.driver.reconnect(&daemon.socket());
+fn torture(seed: u64, kills: u32) -> usize {
+    let mut dice = Dice::new(seed);
+    let (options, arguments) = device(&mut dice);
+    eprintln!("seed {seed}: {options:?} {arguments:?}");
+    let mut storm = Storm::begin(options, arguments, dice);
+    storm.guest.work();
+    storm.daemon.signal(Signal::KILL);
+    storm.daemon.wait();
+    for _kill in 1..kills {
+        let stream = storm.start();
+        storm.round(stream);
     }
-    let deadline = Instant::now() + DEADLINE;
-    while !guest.pending.is_empty() {
-        assert!(Instant::now() < deadline, "{} requests are lost", guest.pending.len());
-        guest.collect();
-    }
-    guest.check(disk.as_file());
-    assert_eq!((guest.submitted, guest.driver.in_flight(0)), (guest.answered, 0));
-    assert!(left_in_flight > 0 && guest.answered > u64::from(kills / 2));
+    let left = storm.left_in_flight;
+    storm.end();
+    left
 }
 
 #[test]
-fn three_hundred_kills_under_load_lose_nothing_and_repeat_nothing() {
-    kill_again_and_again("auto", false, KILLS);
+fn kills_at_random_moments_lose_nothing_and_repeat_nothing() {
+    let seeds = from_environment("NACRE_TORTURE_SEEDS", 8).into();
+    let kills = from_environment("NACRE_TORTURE_KILLS", 30);
+    let left: usize = (0..seeds).map(|seed| torture(seed, kills)).sum();
+    assert!(left > 0, "no kill left anything in flight");
 }
 
+/// What a process may die at that serves a block device over the wire.
+const STEPS: [&str; 10] = [
+    "MessageCame",
+    "MessageHandled",
+    "Served",
+    "Announced",
+    "Counted",
+    "Marked",
+    "Linked",
+    "Listed",
+    "Published",
+    "Cleared",
+];
+
 #[test]
-fn kills_without_io_uring_and_the_ring_s_features_lose_nothing_either() {
-    kill_again_and_again("blocking", true, 50);
+fn a_death_at_any_step_loses_nothing_and_repeats_nothing() {
+    let steps = from_environment("NACRE_TORTURE_STEPS", 200);
+    let options = Options { inflight: true, queues: 2, ..Options::default() };
+    let arguments = ["--lock-wait", "60", "--num-queues", "2"].map(str::to_owned).to_vec();
+    let mut storm = Storm::begin(options, arguments, Dice::new(1));
+    storm.guest.work();
+    storm.daemon.signal(Signal::KILL);
+    storm.daemon.wait();
+    let mut died_at = BTreeSet::new();
+    for step in 1..=steps {
+        let mut words: Vec<&OsStr> = vec!["--disk".as_ref(), storm.disk.path().as_os_str()];
+        words.extend(storm.arguments.iter().map(OsStr::new));
+        storm.daemon = Daemon::start_doomed(env!("CARGO_BIN_EXE_nacre-blk"), &words, step);
+        storm.guest.submit();
+        let stream = connect_soon(&storm.daemon.socket());
+        let deadline = Instant::now() + DEADLINE;
+        if storm.guest.driver.reconnects(stream) {
+            while storm.daemon.is_running() {
+                assert!(Instant::now() < deadline, "step {step} never comes");
+                storm.guest.submit();
+                storm.guest.collect();
+            }
+        }
+        storm.daemon.wait();
+        storm.guest.collect();
+        storm.check();
+        let log = storm.daemon.log();
+        let fault = log.lines().find_map(|line| line.strip_prefix("fault: dies at "));
+        died_at.insert(fault.unwrap_or_else(|| panic!("it died of itself: {log}")).to_owned());
+    }
+    storm.end();
+    for step in STEPS {
+        assert!(died_at.contains(step), "nothing died at {step}: {died_at:?}");
+    }
 }
 
 #[test]

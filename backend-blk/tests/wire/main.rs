@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![expect(clippy::print_stderr, reason = "a test says why it is skipped")]
 
+mod guest;
 mod kills;
 mod late;
 mod life;

@@ -60,8 +60,7 @@ pub(crate) enum Step {
 pub(crate) fn reach(step: Step) {
     #[cfg(test)]
     fault::reach(step);
-    #[cfg(not(test))]
-    let _step = step;
+    crate::fault::pass(&step);
 }
 
 /// A queue's part of the region, in the hands of the one that serves the queue.

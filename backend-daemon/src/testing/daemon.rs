@@ -28,6 +28,16 @@ impl Daemon {
         Self::spawn(command, folder)
     }
 
+    /// The same, but the process dies at its step number `step`, if fault points are compiled in.
+    #[must_use]
+    pub fn start_doomed(program: impl AsRef<OsStr>, args: &[&OsStr], step: u32) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Command::new(program);
+        command.arg("--socket-path").arg(folder.path().join("vhost.sock")).args(args);
+        command.env("NACRE_FAULT_STEP", step.to_string());
+        Self::spawn(command, folder)
+    }
+
     /// Starts `command` as it is; its standard error goes to a file in `folder`.
     #[must_use]
     pub fn spawn(mut command: Command, folder: TempDir) -> Self {

@@ -1,5 +1,6 @@
 //! The frontend's side of one vhost-user connection.
 
+use std::error::Error;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -18,6 +19,9 @@ use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMm
 use super::memory::{GuestMemory, Region};
 use super::queue::GuestQueue;
 use super::{Enabling, Options};
+
+/// What became of a conversation; it fails if the daemon refuses, or is gone.
+pub(super) type Told<T> = Result<T, Box<dyn Error>>;
 
 pub(super) struct Connection {
     frontend: Frontend,
@@ -50,11 +54,11 @@ impl Inflight {
 impl Connection {
     /// Negotiates. Every message asks for an acknowledgement, so that a refusal is noticed where
     /// it happens.
-    pub(super) fn new(stream: UnixStream, options: &Options) -> Self {
-        let own = stream.try_clone().unwrap();
+    pub(super) fn new(stream: UnixStream, options: &Options) -> Told<Self> {
+        let own = stream.try_clone()?;
         let mut frontend = Frontend::from_stream(stream, options.queues.into());
-        frontend.set_owner().unwrap();
-        let offered = frontend.get_features().unwrap();
+        frontend.set_owner()?;
+        let offered = frontend.get_features()?;
         let mut wanted = options.features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         for (bit, wish) in [
             (VIRTIO_RING_F_EVENT_IDX, options.event_idx),
@@ -63,7 +67,7 @@ impl Connection {
             wanted = if wish { wanted | 1 << bit } else { wanted & !(1 << bit) };
         }
         let features = offered & wanted;
-        let protocol = frontend.get_protocol_features().unwrap();
+        let protocol = frontend.get_protocol_features()?;
         let known = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
@@ -72,17 +76,17 @@ impl Connection {
         let inflight = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
         let known = if options.inflight { known | inflight } else { known };
         assert!(!options.inflight || protocol.contains(inflight), "no inflight tracking");
-        frontend.set_protocol_features(protocol & known).unwrap();
+        frontend.set_protocol_features(protocol & known)?;
         if let Enabling::First { answered } = options.enabling {
             for queue in 0..options.queues {
-                enable_early(&own, queue, answered);
+                enable_early(&own, queue, answered)?;
             }
         }
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        frontend.set_features(features).unwrap();
-        let queues = frontend.get_queue_num().unwrap();
+        frontend.set_features(features)?;
+        let queues = frontend.get_queue_num()?;
         assert!(queues >= options.queues.into(), "the device has only {queues} queues");
-        Self { frontend, stream: own, features, enabling: options.enabling }
+        Ok(Self { frontend, stream: own, features, enabling: options.enabling })
     }
 
     pub(super) fn has_event_idx(&self) -> bool {
@@ -93,19 +97,21 @@ impl Connection {
         self.features & 1 << VIRTIO_RING_F_INDIRECT_DESC != 0
     }
 
-    pub(super) fn set_memory(&mut self, memory: &GuestMemory) {
+    pub(super) fn set_memory(&mut self, memory: &GuestMemory) -> Told<()> {
         let regions: Vec<_> = memory.map().iter().map(|region| describe(memory, region)).collect();
-        self.frontend.set_mem_table(&regions).unwrap();
+        self.frontend.set_mem_table(&regions)?;
+        Ok(())
     }
 
-    pub(super) fn get_inflight(&mut self, size: u16, queues: u16) -> Inflight {
+    pub(super) fn get_inflight(&mut self, size: u16, queues: u16) -> Told<Inflight> {
         let asked = VhostUserInflight::new(0, 0, queues, size);
-        let (info, file) = self.frontend.get_inflight_fd(&asked).unwrap();
-        Inflight { info, file }
+        let (info, file) = self.frontend.get_inflight_fd(&asked)?;
+        Ok(Inflight { info, file })
     }
 
-    pub(super) fn set_inflight(&mut self, region: &Inflight) {
-        self.frontend.set_inflight_fd(&region.info, region.file.as_raw_fd()).unwrap();
+    pub(super) fn set_inflight(&mut self, region: &Inflight) -> Told<()> {
+        self.frontend.set_inflight_fd(&region.info, region.file.as_raw_fd())?;
+        Ok(())
     }
 
     pub(super) fn add_region(&mut self, memory: &GuestMemory, region: Region) {
@@ -116,11 +122,16 @@ impl Connection {
         self.frontend.remove_mem_region(&describe(memory, memory.region(region))).unwrap();
     }
 
-    pub(super) fn start_queue(&mut self, queue: &GuestQueue, memory: &GuestMemory, base: u16) {
+    pub(super) fn start_queue(
+        &mut self,
+        queue: &GuestQueue,
+        memory: &GuestMemory,
+        base: u16,
+    ) -> Told<()> {
         let index = usize::from(queue.index);
         let frontend = &mut self.frontend;
-        frontend.set_vring_num(index, queue.size).unwrap();
-        frontend.set_vring_base(index, base).unwrap();
+        frontend.set_vring_num(index, queue.size)?;
+        frontend.set_vring_base(index, base)?;
         let addresses = VringConfigData {
             queue_max_size: queue.size,
             queue_size: queue.size,
@@ -130,13 +141,14 @@ impl Connection {
             avail_ring_addr: memory.user_address(queue.avail()),
             log_addr: None,
         };
-        frontend.set_vring_addr(index, &addresses).unwrap();
-        frontend.set_vring_call(index, &queue.call).unwrap();
-        frontend.set_vring_err(index, &queue.err).unwrap();
-        frontend.set_vring_kick(index, &queue.kick).unwrap();
+        frontend.set_vring_addr(index, &addresses)?;
+        frontend.set_vring_call(index, &queue.call)?;
+        frontend.set_vring_err(index, &queue.err)?;
+        frontend.set_vring_kick(index, &queue.kick)?;
         if self.enabling == Enabling::Last {
-            frontend.set_vring_enable(index, true).unwrap();
+            frontend.set_vring_enable(index, true)?;
         }
+        Ok(())
     }
 
     pub(super) fn stop_queue(&mut self, queue: u16) -> u16 {
@@ -176,17 +188,18 @@ impl Connection {
 }
 
 /// Sends what the `vhost` crate's frontend would not send yet.
-fn enable_early(mut stream: &UnixStream, queue: u16, answered: bool) {
+fn enable_early(mut stream: &UnixStream, queue: u16, answered: bool) -> Told<()> {
     const SET_VRING_ENABLE: u32 = 18;
     let flags = if answered { 1 | 1 << 3 } else { 1 };
     let message = [SET_VRING_ENABLE, flags, 8, queue.into(), 1].map(u32::to_le_bytes);
-    stream.write_all(message.as_flattened()).unwrap();
+    stream.write_all(message.as_flattened())?;
     if answered {
         let mut reply = [0; 20];
-        stream.read_exact(&mut reply).unwrap();
+        stream.read_exact(&mut reply)?;
         let good = [SET_VRING_ENABLE, 1 | 1 << 2, 8, 0, 0].map(u32::to_le_bytes);
         assert_eq!(reply, good.as_flattened());
     }
+    Ok(())
 }
 
 fn describe(memory: &GuestMemory, region: &GuestRegionMmap<()>) -> VhostUserMemoryRegionInfo {

@@ -59,14 +59,19 @@ pub(crate) fn start(args: &[&str]) -> Daemon {
     Daemon::start(env!("CARGO_BIN_EXE_nacre-net"), &args)
 }
 
-/// Starts `nacre-net` with descriptors that it inherits under their own numbers.
-pub(crate) fn start_with(args: &[&str], inherited: &[&OwnedFd]) -> Daemon {
+/// Starts `nacre-net` with descriptors that it inherits under their own numbers, and to die at one
+/// of its steps.
+pub(crate) fn start_with(args: &[&str], inherited: &[&OwnedFd], step: Option<u32>) -> Daemon {
     let args: Vec<_> = args.iter().map(AsRef::as_ref).collect();
     let _starting = starting();
     for fd in inherited {
         fcntl_setfd(fd, FdFlags::empty()).unwrap();
     }
-    let daemon = Daemon::start(env!("CARGO_BIN_EXE_nacre-net"), &args);
+    let program = env!("CARGO_BIN_EXE_nacre-net");
+    let daemon = match step {
+        Some(step) => Daemon::start_doomed(program, &args, step),
+        None => Daemon::start(program, &args),
+    };
     for fd in inherited {
         fcntl_setfd(fd, FdFlags::CLOEXEC).unwrap();
     }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use std::{env, thread};
 
-use backend_daemon::testing::{Buffer, DEADLINE, Daemon, Driver, Options, Request};
+use backend_daemon::testing::{Buffer, DEADLINE, Daemon, Driver, Options, Request, connect_soon};
 use rustix::process::Signal;
 
 use crate::frames::{HEADER_BYTES, Header, RECEIVE, TRANSMIT, frame, offer};
@@ -16,7 +16,8 @@ const NUMBER_AT: usize = 14;
 /// The host's queues hold more frames than these.
 const MOST_AHEAD: u32 = 200;
 
-/// How often a process is killed; `NACRE_TORTURE_KILLS` makes it longer.
+/// How often a process is killed; `NACRE_TORTURE_KILLS` makes it longer, and `NACRE_TORTURE_STEPS`
+/// the walk through every step.
 fn kills() -> u32 {
     env::var("NACRE_TORTURE_KILLS").map_or(100, |kills| kills.parse().unwrap())
 }
@@ -191,4 +192,50 @@ fn a_frame_to_the_guest_comes_once_and_each_kill_loses_one_at_most() {
 fn host_sends_one(host: &Host, sent: &mut u32) {
     host.send(&numbered(*sent));
     *sent += 1;
+}
+
+#[test]
+fn a_death_at_any_step_sends_nothing_twice_and_loses_one_frame_at_most() {
+    if !own_network() {
+        return;
+    }
+    let steps = env::var("NACRE_TORTURE_STEPS").map_or(200, |steps| steps.parse().unwrap());
+    let mut storm = Storm::new(Options::default());
+    let mut buffers = offer(&mut storm.driver, RECEIVE, 64, 2048);
+    let (mut sent, mut arrived) = (0, Arrived::default());
+    let (mut sent_to_guest, mut arrived_at_guest) = (0, Arrived::default());
+    let mut work = |driver: &mut Driver, host: &Host| {
+        let header = Header::default().bytes();
+        if driver.in_flight(TRANSMIT) < 100 {
+            driver.submit(TRANSMIT, &[Buffer::Out(&header), Buffer::Out(&numbered(sent))]);
+            sent += 1;
+        }
+        if sent_to_guest - arrived_at_guest.next < MOST_AHEAD {
+            host_sends_one(host, &mut sent_to_guest);
+        }
+        hear(host, &mut arrived);
+        take_arrived(driver, &mut buffers, &mut arrived_at_guest);
+        [arrived.lost, arrived_at_guest.lost]
+    };
+    storm.daemon.signal(Signal::KILL);
+    storm.daemon.wait();
+    for step in 1..=steps {
+        storm.daemon = storm.supervisor.start_doomed(Some(step));
+        let stream = connect_soon(&storm.daemon.socket());
+        if storm.driver.reconnects(stream) {
+            let deadline = Instant::now() + DEADLINE;
+            while storm.daemon.is_running() {
+                assert!(Instant::now() < deadline, "step {step} never comes");
+                work(&mut storm.driver, &storm.host);
+            }
+        }
+        storm.daemon.wait();
+        let log = storm.daemon.log();
+        assert!(log.contains("fault: dies at "), "step {step}: it died of itself: {log}");
+        let lost = work(&mut storm.driver, &storm.host);
+        assert!(lost.iter().all(|lost| *lost <= step), "{lost:?} lost in {step} deaths");
+    }
+    storm.daemon = storm.supervisor.start();
+    storm.driver.reconnect(&storm.daemon.socket());
+    storm.finish(|driver, _host| driver.in_flight(TRANSMIT) == 0);
 }

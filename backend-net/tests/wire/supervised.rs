@@ -34,6 +34,11 @@ impl Supervisor {
 
     /// Starts a process, the first or another one's successor.
     pub(crate) fn start(&mut self) -> Daemon {
+        self.start_doomed(None)
+    }
+
+    /// The same; it may be doomed to die at one of its steps.
+    pub(crate) fn start_doomed(&mut self, step: Option<u32>) -> Daemon {
         let flags = SocketFlags::CLOEXEC;
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
@@ -46,7 +51,7 @@ impl Supervisor {
         let args = ["--tap-fd", &taps, "--queue-pairs", &pairs];
         let args = [&args[..], &["--state-fd", &state_number, "--store-fd", &store]].concat();
         let inherited: Vec<&OwnedFd> = self.taps.iter().chain([&state, &theirs]).collect();
-        start_with(&args, &inherited)
+        start_with(&args, &inherited, step)
     }
 
     pub(crate) fn restart(&mut self, daemon: &mut Daemon) {
