@@ -99,9 +99,7 @@ pub(super) fn filter(kind: Kind<'_>) -> Result<BpfProgram, BackendError> {
     };
     let mut rules = Rules::new();
     for number in EVERYWHERE.iter().chain(own) {
-        // No rules means: whatever the arguments.
-        let own_rules = if *number == libc::SYS_socket { unix_only()? } else { Vec::new() };
-        rules.insert(*number, own_rules);
+        rules.insert(*number, of_devices(*number)?);
     }
     rules.extend(constrained()?);
     match kind {
@@ -152,6 +150,26 @@ fn removing(removal: Removal) -> Result<Rules, BackendError> {
             Rules::from([(libc::SYS_newfstatat, Vec::new()), (libc::SYS_unlinkat, Vec::new())])
         }
     })
+}
+
+/// What a device's own call may be given. No rules means: whatever the arguments.
+fn of_devices(number: i64) -> Result<Vec<SeccompRule>, BackendError> {
+    match number {
+        libc::SYS_socket => unix_only(),
+        // How far a socket's bytes were looked at, and no other option.
+        libc::SYS_setsockopt => {
+            let peek = vec![equal(1, libc::SOL_SOCKET)?, equal(2, libc::SO_PEEK_OFF)?];
+            Ok(vec![SeccompRule::new(peek)?])
+        }
+        // Between a pipe and a socket, neither of which has offsets.
+        libc::SYS_splice => {
+            let null = |argument| {
+                SeccompCondition::new(argument, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)
+            };
+            Ok(vec![SeccompRule::new(vec![null(1)?, null(3)?])?])
+        }
+        _ => Ok(Vec::new()),
+    }
 }
 
 /// A device that makes sockets makes Unix sockets: others (vsock, crypto, netlink) reach what no
