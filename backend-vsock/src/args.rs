@@ -32,6 +32,10 @@ pub struct Args {
     /// Accept host programs on this inherited socket, which listens at PATH already
     #[arg(long, value_name = "N")]
     pub uds_fd: Option<RawFd>,
+    /// Serve even where the host does not let the process leave its network: the sockets with
+    /// abstract names there stay in its reach
+    #[arg(long)]
+    pub keep_network: bool,
 }
 
 #[cfg(test)]

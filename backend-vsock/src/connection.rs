@@ -322,5 +322,6 @@ impl Connection {
     }
 }
 
+mod saved;
 #[cfg(test)]
 mod tests;

@@ -6,6 +6,8 @@
 
 use std::num::Wrapping;
 
+use crate::ledger::{high, low, word};
+
 /// Our buffer for one connection, in bytes: what a guest may send before the host program reads.
 pub const BUFFER_BYTES: u32 = 256 * 1024;
 /// So many forwarded bytes that the guest does not know of are worth a packet of their own.
@@ -16,7 +18,7 @@ const UPDATE_BYTES: u32 = BUFFER_BYTES / 4;
 pub struct Overrun;
 
 /// The credit of one connection, both ways.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Credit {
     /// Bytes that we sent.
     sent: Wrapping<u32>,
@@ -83,6 +85,30 @@ impl Credit {
     pub fn tell(&mut self) -> (u32, u32) {
         self.told = self.forwarded;
         (BUFFER_BYTES, self.forwarded.0)
+    }
+
+    /// As it is written down for a successor.
+    #[must_use]
+    pub fn to_words(self) -> [u64; 3] {
+        [
+            word(self.sent.0, self.guest_alloc),
+            word(self.guest_forwarded.0, self.received.0),
+            word(self.forwarded.0, self.told.0),
+        ]
+    }
+
+    /// As it was written down: every number is one that could be.
+    #[must_use]
+    pub fn from_words(words: [u64; 3]) -> Self {
+        let [first, second, third] = words;
+        Self {
+            sent: Wrapping(high(first)),
+            guest_alloc: low(first),
+            guest_forwarded: Wrapping(high(second)),
+            received: Wrapping(low(second)),
+            forwarded: Wrapping(high(third)),
+            told: Wrapping(low(third)),
+        }
     }
 }
 
@@ -152,6 +178,11 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn what_is_written_down_is_what_is_read(words: [u64; 3]) {
+            prop_assert_eq!(Credit::from_words(words).to_words(), words);
+        }
+
         /// A model with counts that never wrap agrees with the wrapped ones at every step.
         #[test]
         fn both_directions_agree_with_a_model_of_unbounded_counts(

@@ -8,7 +8,8 @@ use backend_daemon::device::{
 };
 use rustix::event::EventfdFlags;
 
-use crate::connections::Connections;
+use crate::connections::{Connections, Life, TakeOverError};
+use crate::heritage::Heritage;
 use crate::host::{Folder, Host};
 use crate::packet::{Cid, EVENT_TRANSPORT_RESET};
 
@@ -26,6 +27,9 @@ const FEATURE_STREAM: u64 = 1;
 /// What QEMU sets its queues to: no message tells a frontend of a backend's limit.
 const QUEUE_SIZE: u16 = 1024;
 
+/// The length of an event.
+const EVENT_BYTES: u32 = 4;
+
 const LISTENER: Token = Token(0);
 const AGAIN: Token = Token(1);
 
@@ -34,7 +38,7 @@ const AGAIN: Token = Token(1);
 pub struct Vsock {
     guest: Cid,
     folder: Folder,
-    host: Option<Host>,
+    connections: Option<Connections>,
 }
 
 /// Serves all queues: packets of both directions change the same connections.
@@ -44,35 +48,55 @@ pub struct VsockWorker {
     /// Written to when a call of the worker ends with work left: so that a guest that never
     /// stops sending can't keep the worker from anything else.
     again: OwnedFd,
-    rx: Rx,
-    news: News,
+    features: u64,
+    /// Whether the rings that run are those of the guest that knows the connections. Packets are
+    /// moved only then.
+    is_known: bool,
 }
 
-/// What is known of the RX ring, which tells one guest's life from another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Rx {
-    /// There is a new session, and the ring has not run in it.
-    New,
-    /// It runs.
-    Runs,
-    /// It stopped at this position.
-    StoppedAt(u16),
-}
-
-/// Whether the guest has to hear that all its connections are gone.
+/// What the guest has to hear in the event queue, in one word of the ledger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum News {
-    /// It was told, or has none.
+    /// Nothing: it was told, or has no connections to lose.
     None,
-    /// It lived on through a restart of this process, or through another session.
+    /// All its connections are gone, since it lived on through something that this device did not.
     Reset,
+    /// It was told so in the chain before this position, which may not be given back yet.
+    Said(u16),
+}
+
+impl News {
+    fn encode(self) -> u64 {
+        match self {
+            Self::None => 0,
+            Self::Reset => 1,
+            Self::Said(done) => 2 << 16 | u64::from(done),
+        }
+    }
+
+    fn decode(word: u64) -> Self {
+        match (word >> 16, u16::try_from(word & 0xffff)) {
+            (0, Ok(1)) => Self::Reset,
+            (2, Ok(done)) => Self::Said(done),
+            _ => Self::None,
+        }
+    }
 }
 
 impl Vsock {
-    /// A device for the guest with this context id.
-    #[must_use]
-    pub fn new(guest: Cid, host: Host, folder: Folder) -> Self {
-        Self { guest, folder, host: Some(host) }
+    /// A device for the guest with this context id, with the connections that it inherits.
+    ///
+    /// # Errors
+    ///
+    /// Fails if they can't be taken up.
+    pub fn new(
+        guest: Cid,
+        host: Host,
+        folder: Folder,
+        heritage: Heritage,
+    ) -> Result<Self, TakeOverError> {
+        let connections = Connections::new(guest, host, heritage)?;
+        Ok(Self { guest, folder, connections: Some(connections) })
     }
 }
 
@@ -104,44 +128,41 @@ impl Device for Vsock {
     }
 
     fn confine(&mut self) -> Result<(), DeviceError> {
-        self.folder.confine().map_err(|source| DeviceError::Host {
-            what: "cannot leave all folders but one",
-            source,
+        self.folder.confine().map_err(|error| DeviceError::Host {
+            what: "cannot limit what the process reaches",
+            source: io::Error::other(error),
         })
     }
 
     fn worker(&mut self, _group: usize) -> Result<VsockWorker, DeviceError> {
         let what = "cannot make the worker";
-        let host = self.host.take().ok_or(DeviceError::Host {
+        let connections = self.connections.take().ok_or(DeviceError::Host {
             what,
             source: io::Error::other("there is one worker only"),
         })?;
         let again = rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
             .map_err(|error| DeviceError::Host { what, source: error.into() })?;
-        Ok(VsockWorker {
-            connections: Connections::new(self.guest, host),
-            again,
-            rx: Rx::New,
-            news: News::None,
-        })
+        Ok(VsockWorker { connections, again, features: 0, is_known: false })
     }
 }
 
 impl Worker for VsockWorker {
-    fn negotiated(&mut self, _features: u64) {
-        self.rx = Rx::New;
+    fn negotiated(&mut self, features: u64) {
+        self.features = features;
+        self.is_known = false;
     }
 
     fn sources(&mut self, sources: &mut dyn Sources) -> Result<(), DeviceError> {
         sources
             .add(self.connections.listener(), LISTENER, Interest::Read)
             .and_then(|()| sources.add(self.again.as_fd(), AGAIN, Interest::Read))
-            .map_err(|source| DeviceError::Host { what: "cannot poll", source })
+            .map_err(|source| DeviceError::Host { what: "cannot poll", source })?;
+        self.connections.watch_all(sources)
     }
 
-    fn kicked(&mut self, queue: QueueIndex, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
-        if queue == RX && self.rx != Rx::Runs {
-            self.rx_started(rings)?;
+    fn kicked(&mut self, _queue: QueueIndex, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
+        if !self.is_known {
+            self.meet_guest(rings)?;
         }
         self.send_news(rings)?;
         self.pump(rings)
@@ -156,11 +177,10 @@ impl Worker for VsockWorker {
         self.pump(rings)
     }
 
-    fn drain(&mut self, queue: QueueIndex, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
+    fn drain(&mut self, queue: QueueIndex, _rings: &mut Rings<'_>) -> Result<(), DeviceError> {
         // Each chain is given back in the call that took it: nothing is ever in flight.
-        if queue == RX {
-            let position = rings.ring(RX).map(|ring| ring.next_avail());
-            self.rx = position.map_or(Rx::New, Rx::StoppedAt);
+        if queue != EVENT {
+            self.is_known = false;
         }
         Ok(())
     }
@@ -168,7 +188,7 @@ impl Worker for VsockWorker {
 
 impl VsockWorker {
     fn pump(&mut self, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
-        if self.connections.pump(rings)? {
+        if self.is_known && self.connections.pump(rings)? {
             rustix::io::write(&self.again, &1_u64.to_ne_bytes()).map(|_len| ()).map_err(
                 |error| DeviceError::Host { what: "cannot wake the worker", source: error.into() },
             )?;
@@ -176,18 +196,20 @@ impl VsockWorker {
         self.connections.resume_listener(LISTENER, rings.sources())
     }
 
-    /// The RX ring starts. A guest that goes on where it stopped was paused: its connections go
-    /// on too. Otherwise it is another guest, or has set up its rings anew, or lived on through
-    /// something that this process did not see; only in the last case it has connections to lose.
-    fn rx_started(&mut self, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
-        let Some(ring) = rings.ring(RX) else { return Ok(()) };
-        let position = ring.next_avail();
-        if self.rx != Rx::StoppedAt(position) {
-            self.connections.forget_guest(rings.sources())?;
-            self.news = if position == 0 { News::None } else { News::Reset };
+    /// The rings start. A guest that goes on where it is written down that it stopped was paused,
+    /// or lived through a restart of this process: its connections go on too. Otherwise it is
+    /// another guest, or has set up its rings anew, or lived on through something that nobody wrote
+    /// down; only in the last case it has connections to lose.
+    fn meet_guest(&mut self, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
+        let mut position = |queue| Some(rings.ring(queue)?.next_avail());
+        let (Some(rx), Some(tx)) = (position(RX), position(TX)) else { return Ok(()) };
+        let life = Life { rx, tx, features: self.features };
+        if !self.connections.are_known_to(life) {
+            let news = if rx == 0 { News::None } else { News::Reset };
+            self.connections.forget_guest(life, news.encode(), rings.sources())?;
         }
-        self.rx = Rx::Runs;
-        Ok(())
+        self.is_known = true;
+        self.connections.finish_giving(rings)
     }
 
     fn hear(&self) {
@@ -198,18 +220,30 @@ impl VsockWorker {
     }
 
     fn send_news(&mut self, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
-        if self.news != News::Reset {
+        let news = News::decode(self.connections.news());
+        if !self.is_known || news == News::None {
             return Ok(());
         }
         let Some(ring) = rings.ring(EVENT) else { return Ok(()) };
         while let Some(chain) = ring.pop()? {
-            let bytes = EVENT_TRANSPORT_RESET.to_le_bytes();
-            let written = chain.write_at(0, &bytes).is_ok();
-            ring.push(chain, if written { 4 } else { 0 })?;
-            if written {
-                self.news = News::None;
+            let done = ring.next_avail();
+            if let News::Said(said) = news {
+                // By a predecessor, which may not have got as far as giving the chain back.
+                if said == done {
+                    ring.push(chain, EVENT_BYTES)?;
+                } else {
+                    ring.unpop(chain);
+                }
+                self.connections.set_news(News::None.encode());
                 break;
             }
+            if chain.write_at(0, &EVENT_TRANSPORT_RESET.to_le_bytes()).is_ok() {
+                self.connections.set_news(News::Said(done).encode());
+                ring.push(chain, EVENT_BYTES)?;
+                self.connections.set_news(News::None.encode());
+                break;
+            }
+            ring.push(chain, 0)?;
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ pub const LINE_BYTES: usize = 32;
 const COMMAND: &[u8] = b"CONNECT ";
 
 /// The line so far.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Line {
     bytes: Vec<u8>,
 }
@@ -31,6 +31,18 @@ pub enum Progress {
 }
 
 impl Line {
+    /// A line that began with these bytes, if one can.
+    #[must_use]
+    pub fn restore(bytes: &[u8]) -> Option<Self> {
+        (bytes.len() < LINE_BYTES).then(|| Self { bytes: bytes.to_vec() })
+    }
+
+    /// What there is of it, without its end.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// Looks at the bytes that come next.
     pub fn take(&mut self, next: &[u8]) -> Progress {
         let room = LINE_BYTES - self.bytes.len();

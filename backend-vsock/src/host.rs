@@ -88,7 +88,24 @@ pub struct Host {
 
 /// The folder that the process is to be confined to.
 #[derive(Debug)]
-pub struct Folder(OwnedFd);
+pub struct Folder {
+    folder: OwnedFd,
+    /// Whether the process may stay in its network if the host does not let it leave.
+    may_keep_network: bool,
+}
+
+/// Why the process can't be confined.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfineError {
+    /// The host lets it have no network namespace of its own.
+    #[error(
+        "cannot leave the network, where sockets with abstract names are in reach (--keep-network serves all the same)"
+    )]
+    Network(#[source] io::Error),
+    /// The host does not let it change its root directory.
+    #[error("cannot leave all folders but one")]
+    Root(#[source] io::Error),
+}
 
 /// What there is after the host's side was opened.
 #[derive(Debug)]
@@ -131,7 +148,7 @@ impl Host {
             None => listen_at(path, &folder, name)?,
         };
         let host = Self { listener, name: name.to_owned() };
-        Ok(Opened { host, folder: Folder(folder), made })
+        Ok(Opened { host, folder: Folder { folder, may_keep_network: false }, made })
     }
 
     /// The listening socket.
@@ -150,33 +167,54 @@ impl Host {
         Ok(rustix::net::accept_with(&self.listener, flags)?.into())
     }
 
-    /// Connects to the host program that listens for guests on `port`. The process must be
-    /// confined: see [`Folder::confine`].
+    /// A socket for [`connect`](Self::connect).
+    ///
+    /// # Errors
+    ///
+    /// Fails if the host has no more of them.
+    pub fn socket(&self) -> io::Result<UnixStream> {
+        Ok(socket()?.into())
+    }
+
+    /// Connects to the host program that listens for guests on `port`; a socket that a predecessor
+    /// connected is connected already. The process must be confined: see [`Folder::confine`].
     ///
     /// # Errors
     ///
     /// Fails if nobody listens, or the one who does has a full backlog.
-    pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
+    pub fn connect(&self, socket: BorrowedFd<'_>, port: u32) -> io::Result<()> {
         let mut path = OsString::from("/");
         path.push(&self.name);
         path.push(format!("_{port}"));
-        let socket = socket()?;
-        rustix::net::connect(&socket, &SocketAddrUnix::new(Path::new(&path))?)?;
-        Ok(socket.into())
+        match rustix::net::connect(socket, &SocketAddrUnix::new(Path::new(&path))?) {
+            Ok(()) | Err(Errno::ISCONN) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 }
 
 impl Folder {
+    /// Lets the process stay in its network if the host does not let it leave.
+    pub fn keep_network(&mut self, may: bool) {
+        self.may_keep_network = may;
+    }
+
     /// Makes the folder all that this process can name. It must have no other threads yet.
     ///
     /// # Errors
     ///
-    /// Fails if the process may not change its root directory.
-    pub fn confine(&self) -> io::Result<()> {
-        leave_network();
-        rustix::process::fchdir(&self.0)?;
-        rustix::process::chroot(".")?;
-        Ok(rustix::process::chdir("/")?)
+    /// Fails if the process may leave its network or its root directory not.
+    pub fn confine(&self) -> Result<(), ConfineError> {
+        match leave_network() {
+            Err(error) if self.may_keep_network => {
+                log::warn!("cannot leave the network; abstract sockets stay in reach: {error}");
+            }
+            left => left.map_err(ConfineError::Network)?,
+        }
+        rustix::process::fchdir(&self.folder)
+            .and_then(|()| rustix::process::chroot("."))
+            .and_then(|()| rustix::process::chdir("/"))
+            .map_err(|error| ConfineError::Root(error.into()))
     }
 }
 
@@ -221,12 +259,9 @@ fn open_folder(path: &Path) -> Result<OwnedFd, HostError> {
 
 /// Leaves the network, with the right to change the root directory afterwards: as root by right,
 /// as anybody else by a user namespace of its own.
-fn leave_network() {
-    let alone = sys::unshare(UnshareFlags::NEWNET)
-        .or_else(|_error| sys::unshare(UnshareFlags::NEWUSER | UnshareFlags::NEWNET));
-    if let Err(error) = alone {
-        log::warn!("cannot leave the network; abstract sockets stay in reach: {error}");
-    }
+fn leave_network() -> io::Result<()> {
+    sys::unshare(UnshareFlags::NEWNET)
+        .or_else(|_error| sys::unshare(UnshareFlags::NEWUSER | UnshareFlags::NEWNET))
 }
 
 fn check(listener: &OwnedFd) -> rustix::io::Result<()> {

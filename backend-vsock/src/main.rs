@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use backend_daemon::process::{self, BuildError, Policy};
 use backend_vsock::args::Args;
+use backend_vsock::connections::TakeOverError;
 use backend_vsock::device::Vsock;
+use backend_vsock::heritage::{Heritage, HeritageError};
 use backend_vsock::host::{Host, Made};
 use backend_vsock::packet::Cid;
 use backend_vsock::seccomp;
@@ -17,8 +19,10 @@ const POLICY: Policy = Policy { worker_syscalls: seccomp::WORKER, ..Policy::of("
 fn main() -> ExitCode {
     let args = Args::parse();
     let mut made = None;
-    // A socket that was handed in is its owner's to remove.
-    let policy = Policy { removes_files: args.uds_fd.is_none(), ..POLICY };
+    // A socket that was handed in is its owner's to remove, and one that outlives the process is
+    // its supervisor's.
+    let made_here = args.uds_fd.is_none() && args.daemon.store_fd.is_none();
+    let policy = Policy { removes_files: made_here, ..POLICY };
     let exit = process::run("nacre-vsock", &args.daemon, &policy, || build(&args, &mut made));
     if let Some(Err(error)) = made.map(Made::remove) {
         log::warn!("cannot remove the socket: {error}");
@@ -35,9 +39,25 @@ fn build(args: &Args, made: &mut Option<Made>) -> Result<Vsock, BuildError> {
         Err(error) => return Err(BuildError::Usage(format!("--uds-fd: {error}"))),
     };
     allow_descriptors();
-    let opened = Host::open(path, listener).map_err(BuildError::resource)?;
+    let cid = Cid(cid);
+    let estate = args.daemon.estate().map_err(BuildError::resource)?;
+    let mut heritage = Heritage::take(estate, cid).map_err(|error| match error {
+        HeritageError::Ledger(_) => BuildError::state(error),
+        HeritageError::Conduit(_) | HeritageError::Listener(_) => BuildError::resource(error),
+    })?;
+    let listener = heritage.listener.take().or(listener);
+    let mut opened = Host::open(path, listener).map_err(BuildError::resource)?;
+    if heritage.keep.is_kept() {
+        // A successor listens there too. The folder is the supervisor's to remove.
+        opened.made = None;
+        heritage.keep_listener(opened.host.listener()).map_err(BuildError::resource)?;
+    }
     *made = opened.made;
-    Ok(Vsock::new(Cid(cid), opened.host, opened.folder))
+    opened.folder.keep_network(args.keep_network);
+    Vsock::new(cid, opened.host, opened.folder, heritage).map_err(|error| match error {
+        TakeOverError::Ledger(_) => BuildError::state(error),
+        TakeOverError::Host(_) => BuildError::resource(error),
+    })
 }
 
 /// The usual limit is just below what a full table needs.

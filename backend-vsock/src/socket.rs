@@ -1,5 +1,8 @@
-//! A host program's end of a connection: the stream, what waits to be written to it, and what it
-//! is polled for.
+//! A host program's end of a connection: the stream, and what it is polled for.
+//!
+//! Bytes are taken in two steps, so that a successor can tell whether they were: [`Socket::peek`]
+//! looks at them and moves the socket's peek offset on (`SO_PEEK_OFF`, socket(7)), and
+//! [`Socket::consume`] takes them, which moves it back by as many.
 
 use std::io;
 use std::net::Shutdown;
@@ -7,18 +10,18 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use backend_daemon::device::{Interest, Sources, Token};
-use backend_daemon::ring::{self, Segment};
-use rustix::net::{RecvFlags, SendFlags};
+use backend_daemon::ring::Segment;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 
-use crate::handshake::{self, LINE_BYTES, Line, Progress};
-use crate::outbox::Outbox;
+use crate::handshake::LINE_BYTES;
+use crate::sys;
 
 /// The socket of one host program. Never blocks.
 #[derive(Debug)]
 pub struct Socket {
     stream: UnixStream,
-    outbox: Outbox,
-    line: Line,
     /// What it is polled for; `None` if it is not, since the program hung up for good. A hang-up
     /// can't be masked, so a socket that stayed registered would wake its worker for ever.
     watched: Option<Interest>,
@@ -38,20 +41,30 @@ pub enum Received {
 }
 
 impl Socket {
-    /// Takes over a non-blocking `stream` and has it polled for `interest`.
+    /// Takes over a non-blocking stream; it is not polled yet.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel can't keep track of what is peeked at.
+    pub fn new(stream: UnixStream) -> io::Result<Self> {
+        sys::set_peek_offset(stream.as_fd(), 0)?;
+        Ok(Self { stream, watched: None, shut: (false, false) })
+    }
+
+    /// Has it polled.
     ///
     /// # Errors
     ///
     /// Fails if the stream can't be registered.
     pub fn watch(
-        stream: UnixStream,
+        &mut self,
         token: Token,
         interest: Interest,
         sources: &mut dyn Sources,
-    ) -> io::Result<Self> {
-        sources.add(stream.as_fd(), token, interest)?;
-        let (outbox, line, shut) = (Outbox::default(), Line::default(), (false, false));
-        Ok(Self { stream, outbox, line, watched: Some(interest), shut })
+    ) -> io::Result<()> {
+        sources.add(self.stream.as_fd(), token, interest)?;
+        self.watched = Some(interest);
+        Ok(())
     }
 
     /// What it is polled for.
@@ -90,54 +103,45 @@ impl Socket {
         }
     }
 
-    /// Whether all bytes for the program have been taken by its socket.
+    /// Whether the program hung up, for good and both ways.
     #[must_use]
-    pub fn is_flushed(&self) -> bool {
-        self.outbox.is_empty()
-    }
-
-    /// Reads on in the program's line, and not a byte beyond it.
-    ///
-    /// # Errors
-    ///
-    /// Fails if the program hung up in the middle of the line.
-    pub fn read_line(&mut self) -> io::Result<Progress> {
-        loop {
-            let mut bytes = [0; LINE_BYTES];
-            let len = match rustix::net::recv(&self.stream, &mut bytes, RecvFlags::PEEK) {
-                Ok((_, 0)) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok((_, len)) => len,
-                Err(rustix::io::Errno::AGAIN) => return Ok(Progress::More),
-                Err(error) => return Err(error.into()),
-            };
-            let progress = self.line.take(&bytes[..len]);
-            let ours = match progress {
-                Progress::More => len,
-                Progress::Port { consumed, .. } => consumed,
-                Progress::Malformed => return Ok(progress),
-            };
-            let (_, read) =
-                rustix::net::recv(&self.stream, &mut bytes[..ours], RecvFlags::empty())?;
-            debug_assert_eq!(read, ours, "bytes that were peeked at can be read");
-            if progress != Progress::More {
-                return Ok(progress);
-            }
+    pub fn has_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(&self.stream, PollFlags::empty())];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        match poll(&mut fds, Some(&now)) {
+            Ok(_count) => fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR),
+            Err(_error) => false,
         }
     }
 
-    /// Tells the program that it is connected. Says whether its socket took the words: there was
-    /// nothing in it yet, so one that does not is of no use.
-    #[must_use]
-    pub fn greet(&self, host_port: u32) -> bool {
-        let answer = handshake::answer(host_port);
-        let sent = rustix::net::send(&self.stream, answer.as_bytes(), SendFlags::NOSIGNAL);
-        sent == Ok(answer.len())
+    /// Looks at what may be the program's line, and gives how many bytes there are. None of them is
+    /// taken, and [`will_consume`](Self::will_consume) has to say how many will be.
+    ///
+    /// # Errors
+    ///
+    /// `WouldBlock` if there is nothing yet; fails if the program hung up.
+    pub fn peek_line(&self, bytes: &mut [u8; LINE_BYTES]) -> io::Result<usize> {
+        match rustix::net::recv(&self.stream, bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+            Ok((_, 0)) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok((_, len)) => Ok(len),
+            Err(error) => Err(error.into()),
+        }
     }
 
-    /// Reads into guest memory.
+    /// Sets the peek offset to what will be consumed next.
+    ///
+    /// # Errors
+    ///
+    /// What `setsockopt` gives.
+    pub fn will_consume(&self, len: usize) -> io::Result<()> {
+        let offset = i32::try_from(len).map_err(|_error| io::ErrorKind::InvalidInput)?;
+        sys::set_peek_offset(self.stream.as_fd(), offset)
+    }
+
+    /// Looks at the next bytes, into guest memory.
     #[must_use]
-    pub fn receive(&self, into: &[Segment]) -> Received {
-        match ring::readv(self.stream.as_fd(), into) {
+    pub fn peek(&self, into: &[Segment]) -> Received {
+        match sys::peek(self.stream.as_fd(), into) {
             Ok(0) => Received::Eof,
             Ok(len) => u32::try_from(len).map_or(Received::Eof, Received::Bytes),
             Err(error) if is_transient(&error) => Received::Nothing,
@@ -150,43 +154,41 @@ impl Socket {
         }
     }
 
-    /// Writes guest memory, if nothing waits before it. Says how many bytes were taken.
+    /// Takes so many bytes that were peeked at.
     ///
     /// # Errors
     ///
-    /// Fails if the program takes no more at all.
-    pub fn send(&self, from: &[Segment]) -> io::Result<usize> {
-        if !self.outbox.is_empty() || from.is_empty() {
-            return Ok(0);
+    /// Fails if they are not there: somebody else reads the socket.
+    pub fn consume(&self, len_bytes: u32, scratch: &mut [u8]) -> io::Result<()> {
+        let mut left = len_bytes as usize;
+        while left > 0 {
+            let most = left.min(scratch.len());
+            match rustix::net::recv(&self.stream, &mut scratch[..most], RecvFlags::DONTWAIT) {
+                Ok((_, 0)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok((_, read)) => left -= read,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
-        match ring::writev(self.stream.as_fd(), from) {
-            Err(error) if is_transient(&error) => Ok(0),
-            other => other,
-        }
+        Ok(())
     }
 
-    /// Keeps bytes for when the program takes more.
-    pub fn keep(&mut self, bytes: &[u8]) {
-        self.outbox.push(bytes);
-    }
-
-    /// Writes what waits, as far as the program takes it. Says how many bytes were taken.
+    /// Takes over a stream of which a predecessor was consuming `len_bytes`, and does the rest.
     ///
     /// # Errors
     ///
-    /// Fails if the program takes no more at all.
-    pub fn flush(&mut self) -> io::Result<usize> {
-        self.outbox.flush(&mut &self.stream)
-    }
-
-    /// Forgets what waits, and says how many bytes it was.
-    pub fn discard(&mut self) -> usize {
-        self.outbox.clear()
+    /// Fails if the kernel does not tell how far that went.
+    pub fn resume(stream: UnixStream, len_bytes: u32, scratch: &mut [u8]) -> io::Result<Self> {
+        let left = u32::try_from(sys::peek_offset(stream.as_fd())?).unwrap_or(0);
+        let socket = Self { stream, watched: None, shut: (false, false) };
+        socket.consume(left.min(len_bytes), scratch)?;
+        // What was peeked at last need not have been meant to be taken.
+        sys::set_peek_offset(socket.as_fd(), 0)?;
+        Ok(socket)
     }
 
     /// Tells the program that the guest will send no more. Everything must be flushed.
     pub fn end_writing(&mut self) {
-        debug_assert!(self.outbox.is_empty(), "bytes wait behind the end");
         if !std::mem::replace(&mut self.shut.1, true) {
             self.shutdown(Shutdown::Write);
         }
@@ -199,15 +201,20 @@ impl Socket {
         }
     }
 
+    /// Ends it, for copies of the descriptor too: the supervisor may still have one.
+    pub fn close(self) {
+        self.shutdown(Shutdown::Both);
+    }
+
     fn shutdown(&self, how: Shutdown) {
         if let Err(error) = self.stream.shutdown(how) {
             log::debug!("a host program was gone before its end: {error}");
         }
     }
+}
 
-    /// The descriptor, for those who have to name it.
-    #[must_use]
-    pub fn as_fd(&self) -> BorrowedFd<'_> {
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }
 }

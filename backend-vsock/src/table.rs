@@ -9,6 +9,7 @@ use backend_daemon::device::{Sources, Token};
 
 use crate::connection::{Connection, Event, Phase};
 use crate::entry::Entry;
+use crate::keep::{Key, Origin};
 use crate::packet::Ports;
 use crate::socket::Socket;
 
@@ -25,6 +26,33 @@ const SLOT_MASK: u32 = FIRST_TOKEN - 1;
 /// Host ports for host programs: out of the way of those that guests connect to.
 const HOST_PORTS: (u32, u32) = (1 << 30, 1 << 31);
 
+/// A slot, for one connection: no other ever has the same place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Where.
+    pub slot: usize,
+    /// Which of all connections, counted from 1.
+    pub generation: u64,
+}
+
+impl Place {
+    /// A token that no earlier connection of the slot had, within 2^21 connections: an event that
+    /// is still on its way when a slot changes hands must not reach the next one.
+    #[must_use]
+    pub fn token(self) -> Token {
+        let slot = u32::try_from(self.slot).unwrap_or(SLOT_MASK) & SLOT_MASK;
+        let generation = u32::try_from(self.generation & u64::from(u32::MAX)).unwrap_or(0);
+        let generation = generation.wrapping_mul(FIRST_TOKEN);
+        Token(if generation == 0 { FIRST_TOKEN | slot } else { generation | slot })
+    }
+
+    /// What the connection's socket is called in the store.
+    #[must_use]
+    pub fn key(self, from: Origin) -> Key {
+        Key::Connection { slot: self.slot, generation: self.generation, from }
+    }
+}
+
 /// The connections.
 #[derive(Debug)]
 pub struct Table {
@@ -39,7 +67,7 @@ pub struct Table {
     next_host_port: u32,
     /// A slot became free since somebody asked.
     freed: bool,
-    generation: u32,
+    generation: u64,
 }
 
 impl Table {
@@ -70,44 +98,62 @@ impl Table {
         self.free.len() == self.slots.len()
     }
 
-    /// Adds a connection; `socket` makes its host end, given its token. `None` if the table is
-    /// full.
-    ///
-    /// # Errors
-    ///
-    /// What `socket` gives.
+    /// Where the next connection goes; nothing if the table is full.
+    #[must_use]
+    pub fn next_place(&self) -> Option<Place> {
+        let slot = self.free.last().copied().unwrap_or(self.slots.len());
+        (slot < CONNECTIONS_MAX).then_some(Place { slot, generation: self.generation + 1 })
+    }
+
+    /// Adds a connection at the [next place](Self::next_place), whose token its socket has.
+    /// Gives its slot.
     pub fn insert(
         &mut self,
+        place: Place,
         machine: Connection,
         ports: Option<Ports>,
-        socket: impl FnOnce(Token) -> io::Result<Socket>,
-    ) -> io::Result<Option<usize>> {
-        if self.is_full() {
-            return Ok(None);
-        }
-        let slot = self.free.pop().unwrap_or(self.slots.len());
-        self.generation = self.generation.wrapping_add(1);
-        let token = token(slot, self.generation);
-        let socket = match socket(token) {
-            Ok(socket) => socket,
-            Err(error) => {
-                if slot < self.slots.len() {
-                    self.free.push(slot);
-                }
-                return Err(error);
-            }
-        };
-        if slot == self.slots.len() {
+        socket: Socket,
+    ) -> usize {
+        debug_assert_eq!(self.next_place(), Some(place), "places are taken in their order");
+        if self.free.pop().is_none() {
             self.slots.push(None);
         }
-        if machine.phase() == Phase::Greeting {
+        self.generation = place.generation;
+        self.put(Entry::new(machine, ports, place, socket))
+    }
+
+    /// Takes up a predecessor's connections, and how far it had counted.
+    pub fn restore(&mut self, mut entries: Vec<Entry>, generation: u64, next_host_port: u32) {
+        let len = entries.iter().map(|entry| entry.place().slot + 1).max().unwrap_or(0);
+        self.slots.resize_with(len, || None);
+        // The oldest greetings first, as they were.
+        entries.sort_by_key(|entry| entry.place().generation);
+        for entry in entries {
+            self.put(entry);
+        }
+        self.free = (0..len).rev().filter(|slot| self.slots[*slot].is_none()).collect();
+        self.generation = generation;
+        if (HOST_PORTS.0..HOST_PORTS.1).contains(&next_host_port) {
+            self.next_host_port = next_host_port;
+        }
+    }
+
+    /// How far it has counted: the last connection's generation, and the next host port.
+    #[must_use]
+    pub fn counts(&self) -> (u64, u32) {
+        (self.generation, self.next_host_port)
+    }
+
+    fn put(&mut self, entry: Entry) -> usize {
+        let slot = entry.place().slot;
+        if entry.machine.phase() == Phase::Greeting {
             self.greetings.push_back(slot);
         }
-        if let Some(ports) = ports {
+        if let Some(ports) = entry.ports {
             self.by_ports.insert(ports, slot);
         }
-        self.slots[slot] = Some(Entry::new(machine, ports, token, socket));
-        Ok(Some(slot))
+        self.slots[slot] = Some(entry);
+        slot
     }
 
     /// The connection in a slot.
@@ -158,16 +204,21 @@ impl Table {
         (self.greetings.len() > GREETINGS_MAX).then(|| self.greetings[0])
     }
 
-    /// Does what follows from a connection's state: its host end, its turn, its end.
+    /// Does what follows from a connection's state: its host end, its turn, its end. Gives the
+    /// socket that is to be closed, with its key, once the new state is written down.
     ///
     /// # Errors
     ///
     /// What `epoll_ctl` gives.
-    pub fn settle(&mut self, slot: usize, sources: &mut dyn Sources) -> io::Result<()> {
+    pub fn settle(
+        &mut self,
+        slot: usize,
+        sources: &mut dyn Sources,
+    ) -> io::Result<Option<(Key, Socket)>> {
         let Some(entry) = self.slots.get_mut(slot).and_then(Option::as_mut) else {
-            return Ok(());
+            return Ok(None);
         };
-        entry.settle(sources)?;
+        let closed = entry.settle(sources)?.map(|socket| (entry.key(), socket));
         let phase = entry.machine.phase();
         if entry.machine.next(entry.readable).is_some() && !entry.set_queued(true) {
             self.turns.push_back(slot);
@@ -186,7 +237,7 @@ impl Table {
             self.free.push(slot);
             self.freed = true;
         }
-        Ok(())
+        Ok(closed)
     }
 
     /// Takes the connection whose turn it is. It has to be settled after its turn.
@@ -216,144 +267,5 @@ impl Default for Table {
     }
 }
 
-/// A token that no earlier connection of the slot had, within 2^21 connections: an event that is
-/// still on its way when a slot changes hands must not reach the next one.
-fn token(slot: usize, generation: u32) -> Token {
-    let slot = u32::try_from(slot).unwrap_or(SLOT_MASK) & SLOT_MASK;
-    let generation = generation.wrapping_mul(FIRST_TOKEN);
-    Token(if generation == 0 { FIRST_TOKEN | slot } else { generation | slot })
-}
-
 #[cfg(test)]
-mod tests {
-    use std::collections::HashSet;
-    use std::os::fd::BorrowedFd;
-    use std::os::unix::net::UnixStream;
-
-    use backend_daemon::device::Interest;
-
-    use super::*;
-    use crate::connection::Packet;
-    use crate::packet::Op;
-
-    /// Polls nothing.
-    struct NoSources;
-
-    impl Sources for NoSources {
-        fn add(&mut self, _: BorrowedFd<'_>, _: Token, _: Interest) -> io::Result<()> {
-            Ok(())
-        }
-
-        fn modify(&mut self, _: BorrowedFd<'_>, _: Token, _: Interest) -> io::Result<()> {
-            Ok(())
-        }
-
-        fn remove(&mut self, _: BorrowedFd<'_>, _: Token) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    fn greet(table: &mut Table) -> (usize, UnixStream) {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let slot = table.insert(Connection::greeting(), None, |token| {
-            Socket::watch(ours, token, Interest::Read, &mut NoSources)
-        });
-        (slot.unwrap().unwrap(), theirs)
-    }
-
-    fn end(table: &mut Table, slot: usize) {
-        table.get(slot).unwrap().machine.apply(Event::HostGone);
-        table.settle(slot, &mut NoSources).unwrap();
-    }
-
-    #[test]
-    fn a_slot_that_changes_hands_has_another_token() {
-        let mut table = Table::new();
-        let mut tokens = HashSet::new();
-        assert!(table.is_empty());
-        for _ in 0..100 {
-            let (slot, _program) = greet(&mut table);
-            assert_eq!(slot, 0);
-            let token = table.get(slot).unwrap().token();
-            assert_eq!(table.find_token(token), Some(slot));
-            assert!(tokens.insert(token));
-            assert!(!table.take_freed() && !table.is_empty());
-            end(&mut table, slot);
-            assert!(table.take_freed());
-            assert!(table.is_empty());
-            assert_eq!(table.find_token(token), None);
-        }
-    }
-
-    #[test]
-    fn names_are_never_given_twice_even_when_the_ports_wrap() {
-        let mut table = Table::new();
-        table.next_host_port = HOST_PORTS.1 - 2;
-        let mut names = HashSet::new();
-        let mut programs = Vec::new();
-        for _ in 0..10 {
-            let (slot, program) = greet(&mut table);
-            programs.push(program);
-            table.name(slot, 80);
-            let ports = table.get(slot).unwrap().ports.unwrap();
-            assert!((HOST_PORTS.0..HOST_PORTS.1).contains(&ports.host));
-            assert_eq!(table.find(ports), Some(slot));
-            assert!(names.insert(ports));
-            // The next one would get this port again.
-            table.next_host_port = ports.host;
-        }
-    }
-
-    #[test]
-    fn whoever_has_had_a_turn_waits_for_all_others() {
-        let mut table = Table::new();
-        let mut programs = Vec::new();
-        for port in 0..3 {
-            let (slot, program) = greet(&mut table);
-            programs.push(program);
-            table.name(slot, port);
-            table.settle(slot, &mut NoSources).unwrap();
-            table.settle(slot, &mut NoSources).unwrap();
-        }
-        for expected in [0, 1, 2, 0, 1, 2] {
-            let slot = table.take_turn().unwrap();
-            assert_eq!(slot, expected);
-            // It has not said what it has to say.
-            table.settle(slot, &mut NoSources).unwrap();
-        }
-    }
-
-    #[test]
-    fn a_full_table_refuses_and_an_ended_connection_makes_room() {
-        let mut table = Table::new();
-        // Slots are enough; nobody asks for what is in them.
-        table.slots.resize_with(CONNECTIONS_MAX, || None);
-        assert!(table.is_full());
-        table.free.push(7);
-        assert!(!table.is_full());
-        let (slot, _program) = greet(&mut table);
-        assert_eq!(slot, 7);
-        assert!(table.is_full());
-        end(&mut table, slot);
-        assert!(!table.is_full());
-    }
-
-    #[test]
-    fn a_connection_that_ends_gives_its_name_back_while_its_bytes_are_still_under_way() {
-        let mut table = Table::new();
-        let (slot, _program) = greet(&mut table);
-        table.name(slot, 1);
-        let entry = table.get(slot).unwrap();
-        let ports = entry.ports.unwrap();
-        entry.socket.as_mut().unwrap().keep(b"under way");
-        entry.machine.apply(Event::Sent(Packet::Request));
-        entry.machine.apply(Event::Packet { op: Op::Reset, flags: 0, len_bytes: 0 });
-        table.settle(slot, &mut NoSources).unwrap();
-        assert_eq!(table.find(ports), None);
-        let entry = table.get(slot).unwrap();
-        assert!(entry.socket.is_some());
-        entry.socket.as_mut().unwrap().discard();
-        table.settle(slot, &mut NoSources).unwrap();
-        assert!(table.get(slot).is_none());
-    }
-}
+mod tests;

@@ -1,14 +1,16 @@
 //! Host programs: those that connect, those that have something to say, those that hang up.
 
 use std::io;
+use std::os::unix::net::UnixStream;
 
 use backend_daemon::device::{DeviceError, Interest, Sources, Token};
 
 use super::{Connections, cannot_poll};
 use crate::connection::{Connection, Event, Phase};
-use crate::entry::Entry;
-use crate::handshake::Progress;
-use crate::socket::Socket;
+use crate::death;
+use crate::handshake::{LINE_BYTES, Progress};
+use crate::keep::Origin;
+use crate::ledger::{Part, Word};
 
 impl Connections {
     /// Takes the host programs that wait to be connected, as long as there is room.
@@ -36,12 +38,9 @@ impl Connections {
                     break;
                 }
             };
-            let inserted = self.table.insert(Connection::greeting(), None, |token| {
-                Socket::watch(stream, token, Interest::Read, sources)
-            });
-            if let Err(error) = inserted {
-                log::warn!("cannot poll a host program: {error}");
-                break;
+            if let Err(error) = self.welcome(stream, sources) {
+                log::warn!("a host program can't be served: {error}");
+                continue;
             }
             if let Some(slowest) = self.table.slowest_greeting() {
                 log::debug!("a host program did not name its port for too long");
@@ -51,6 +50,18 @@ impl Connections {
         // Out of room, or of something else that a connection's end may bring back.
         self.listening = false;
         sources.modify(self.host.listener(), listener, Interest::Nothing).map_err(cannot_poll)
+    }
+
+    fn welcome(&mut self, stream: UnixStream, sources: &mut dyn Sources) -> io::Result<()> {
+        let (place, mut socket) = self.admit(Origin::Program, stream)?;
+        if let Err(error) = socket.watch(place.token(), Interest::Read, sources) {
+            self.keep.remove(place.key(Origin::Program).encode());
+            return Err(error);
+        }
+        let slot = self.table.insert(place, Connection::greeting(), None, socket);
+        self.save(slot);
+        self.ledger.commit();
+        Ok(())
     }
 
     /// Listens again if there is room again.
@@ -78,20 +89,21 @@ impl Connections {
     pub fn ready(&mut self, token: Token, sources: &mut dyn Sources) -> Result<(), DeviceError> {
         let Some(slot) = self.table.find_token(token) else { return Ok(()) };
         let Some(entry) = self.table.get(slot) else { return Ok(()) };
-        let Some(watched) = entry.socket.as_ref().and_then(Socket::watched) else { return Ok(()) };
+        let Some(socket) = &entry.socket else { return Ok(()) };
+        let Some(watched) = socket.watched() else { return Ok(()) };
         match watched {
-            // Nothing was asked for: only a hang-up comes unasked.
-            Interest::Nothing => return self.hung_up(slot, sources),
+            // Nothing is asked for: only a hang-up comes unasked. Or the event is older than the wish
+            // not to hear of it.
+            Interest::Nothing if socket.has_hung_up() => return self.hung_up(slot, sources),
+            Interest::Nothing => {}
             Interest::Read if entry.machine.phase() == Phase::Greeting => {
-                if let Some(port) = read_line(entry) {
-                    self.table.name(slot, port);
-                }
+                self.read_line(slot)?;
             }
             Interest::Read => entry.readable = true,
-            Interest::Write => entry.flush(),
+            Interest::Write => self.flush(slot)?,
             Interest::ReadWrite => {
                 entry.readable = true;
-                entry.flush();
+                self.flush(slot)?;
             }
         }
         self.settle(slot, sources)
@@ -110,17 +122,63 @@ impl Connections {
         }
         self.settle(slot, sources)
     }
+
+    /// Reads on in the program's first line, and not a byte beyond it.
+    fn read_line(&mut self, slot: usize) -> Result<(), DeviceError> {
+        let mut bytes = [0; LINE_BYTES];
+        loop {
+            let Some(entry) = self.table.get(slot) else { return Ok(()) };
+            let Some(socket) = &entry.socket else { return Ok(()) };
+            let len = match socket.peek_line(&mut bytes) {
+                Ok(len) => len,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => {
+                    log::debug!("a host program left before its first line: {error}");
+                    entry.machine.apply(Event::HostGone);
+                    return Ok(());
+                }
+            };
+            let progress = entry.line.take(&bytes[..len]);
+            let ours = match progress {
+                Progress::More => len,
+                Progress::Port { consumed, .. } => consumed,
+                Progress::Malformed => {
+                    log::debug!("a host program did not say CONNECT and a port");
+                    entry.machine.apply(Event::HostGone);
+                    return Ok(());
+                }
+            };
+            socket.will_consume(ours).map_err(cannot_read)?;
+            if let Progress::Port { port, .. } = progress {
+                self.table.name(slot, port);
+            }
+            self.save(slot);
+            // A line is short.
+            self.take_peeked(slot, u32::try_from(ours).unwrap_or(0));
+            if progress != Progress::More {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Commits what is staged together with the taking of bytes that were peeked at, and takes
+    /// them.
+    pub(super) fn take_peeked(&mut self, slot: usize, len_bytes: u32) {
+        self.ledger.set_part(Word::Taking, Some(Part { slot, len_bytes }));
+        self.ledger.commit();
+        if let Some(entry) = self.table.get(slot)
+            && let Some(socket) = &entry.socket
+            && let Err(error) = socket.consume(len_bytes, &mut self.scratch)
+        {
+            log::warn!("a host program's bytes were taken by somebody else: {error}");
+            entry.machine.apply(Event::Nonsense);
+        }
+        death::reach();
+        self.ledger.set_part(Word::Taking, None);
+        self.ledger.commit();
+    }
 }
 
-/// Reads on in the program's first line; gives the port once it is whole.
-fn read_line(entry: &mut Entry) -> Option<u32> {
-    let progress = entry.socket.as_mut()?.read_line();
-    match progress {
-        Ok(Progress::More) => return None,
-        Ok(Progress::Port { port, .. }) => return Some(port),
-        Ok(Progress::Malformed) => log::debug!("a host program did not say CONNECT and a port"),
-        Err(error) => log::debug!("a host program left before its first line: {error}"),
-    }
-    entry.machine.apply(Event::HostGone);
-    None
+fn cannot_read(source: io::Error) -> DeviceError {
+    DeviceError::Host { what: "cannot read a host program's line", source }
 }

@@ -53,7 +53,8 @@ impl Guest {
 
     /// Without any buffers.
     pub fn starved(socket: &Path) -> Self {
-        let options = Options { queues: 3, ..Options::default() };
+        // A frontend that can replace the device's process.
+        let options = Options { queues: 3, inflight: true, ..Options::default() };
         Self { driver: Driver::connect(socket, &options), posted: VecDeque::new(), keep: 0 }
     }
 
@@ -165,6 +166,19 @@ impl Stream {
     fn new(ports: Ports, buffer_bytes: u32) -> Self {
         let (host_alloc, host_forwarded) = (0, 0);
         Self { ports, buffer_bytes, forwarded: 0, sent: 0, host_alloc, host_forwarded }
+    }
+
+    /// One that a packet of the host asks for.
+    pub fn asked(request: &Header, buffer_bytes: u32) -> Self {
+        let ports = Ports { host: request.src_port, guest: request.dst_port };
+        let mut stream = Self::new(ports, buffer_bytes);
+        stream.hear(request);
+        stream
+    }
+
+    /// One that the guest asks for.
+    pub fn asking(host_port: u32, guest_port: u32, buffer_bytes: u32) -> Self {
+        Self::new(Ports { host: host_port, guest: guest_port }, buffer_bytes)
     }
 
     pub fn header(&self, op: Op, flags: u32) -> Header {

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use backend_daemon::testing::{Buffer, Daemon};
+use backend_daemon::testing::{Buffer, Daemon, connect_soon};
 use backend_vsock::packet::Op;
 use backend_vsock::table::CONNECTIONS_MAX;
 use rustix::io::{FdFlags, fcntl_setfd};
@@ -139,6 +139,32 @@ fn bad_arguments_end_it_with_one_line_and_a_code() {
 }
 
 #[test]
+fn a_process_that_cannot_leave_its_network_serves_only_if_it_is_told_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let inside = |name: &str| folder.path().join(name).into_os_string().into_string().unwrap();
+    // Nobody in here may have a namespace any more.
+    let poor = "echo 0 > /proc/sys/user/max_net_namespaces && \
+                echo 0 > /proc/sys/user/max_user_namespaces && exec \"$@\"";
+    let shell = ["--user", "--map-root-user", "sh", "-c", poor, "sh"];
+    let served =
+        ["--socket-path", &inside("vhost"), "--guest-cid", "3", "--uds-path", &inside("v")];
+    let command = |more: &[&str]| {
+        let mut command = Command::new("unshare");
+        command.args(shell).arg(PROGRAM).args(served).args(more);
+        command
+    };
+    let output = command(&[]).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(4), "{error}");
+    assert!(error.contains("cannot leave the network"), "{error}");
+    assert!(!Path::new(&inside("vhost")).exists());
+    let own = tempfile::tempdir().unwrap();
+    let daemon = Daemon::spawn(command(&["--keep-network"]), own);
+    drop(connect_soon(Path::new(&inside("vhost"))));
+    assert!(daemon.log().contains("abstract sockets stay in reach"), "{}", daemon.log());
+}
+
+#[test]
 fn capabilities_are_printed_as_json() {
     let output = run(&["--print-capabilities".as_ref()]);
     assert_eq!(output.status.code(), Some(0));
@@ -147,7 +173,21 @@ fn capabilities_are_printed_as_json() {
 }
 
 #[test]
-fn a_guest_that_lives_on_through_another_session_is_told_that_its_connections_are_gone() {
+fn a_guest_that_lives_on_through_another_session_keeps_its_connections() {
+    let device = Device::start();
+    let mut guest = Guest::connect(&device.daemon.socket());
+    let mut program = device.ask(1);
+    let mut stream = guest.grant(4096);
+    greeted(&mut program);
+    guest.driver.reconnect(&device.daemon.socket());
+    stream.send(&mut guest, b"still here?");
+    assert_eq!(read(&mut program, 11), b"still here?");
+    program.write_all(b"yes").unwrap();
+    assert_eq!(stream.read(&mut guest, 3), b"yes");
+}
+
+#[test]
+fn a_guest_that_outlives_a_process_that_left_nothing_is_told_that_its_connections_are_gone() {
     let device = Device::start();
     let mut guest = Guest::connect(&device.daemon.socket());
     let event = guest.driver.submit(EVENT, &[Buffer::In(8)]);
@@ -155,10 +195,14 @@ fn a_guest_that_lives_on_through_another_session_is_told_that_its_connections_ar
     let stream = guest.grant(4096);
     greeted(&mut program);
     assert!(guest.driver.wait_for(EVENT, event, SILENCE).is_none());
+    let Device { mut daemon, folder } = device;
+    daemon.signal(Signal::KILL);
+    daemon.wait();
+    assert_eq!(read_all(&mut program), b"");
+    let device = Device::start_in(folder);
     guest.driver.reconnect(&device.daemon.socket());
     let told = guest.driver.wait(EVENT, event);
     assert_eq!((told.written_bytes, &told.bytes[..4]), (4, &[0; 4][..]));
-    assert_eq!(read_all(&mut program), b"");
     stream.say(&mut guest, Op::CreditUpdate, 0);
     assert_eq!(guest.expect(Op::Reset).ports(), stream.ports);
     let mut program = device.ask(1);

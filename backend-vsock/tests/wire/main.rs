@@ -5,7 +5,11 @@
 mod bytes;
 mod closing;
 mod connecting;
+mod conversation;
 mod guest;
 mod hostile;
 mod life;
 mod program;
+mod restart;
+mod supervisor;
+mod torture;

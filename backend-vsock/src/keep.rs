@@ -1,0 +1,167 @@
+//! What the supervisor keeps for a successor: the listening socket, the pipe, and each
+//! connection's socket, under keys that name a slot and a generation.
+//!
+//! A socket is put there before the ledger knows of its connection, and taken away after the
+//! ledger has forgotten it. So whatever is there and not in the ledger is either newer than the
+//! newest connection, and was never used, or it is a leftover.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use backend_daemon::process::Store;
+
+use crate::death;
+
+/// What a descriptor is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// Where host programs connect.
+    Listener,
+    /// The conduit's end to read from.
+    PipeRead,
+    /// The conduit's end to write to.
+    PipeWrite,
+    /// A connection's socket.
+    Connection {
+        /// Where the connection is in the table.
+        slot: usize,
+        /// Which of the connections that were there.
+        generation: u64,
+        /// Who asked for it.
+        from: Origin,
+    },
+}
+
+/// Who asks for a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// A host program.
+    Program,
+    /// The guest.
+    Guest,
+}
+
+const KIND: u32 = 56;
+const SLOT_BITS: u32 = 16;
+/// No process lives long enough to make as many connections.
+const GENERATION: u64 = (1 << (KIND - SLOT_BITS)) - 1;
+
+impl Key {
+    /// As the store knows it.
+    #[must_use]
+    pub fn encode(self) -> u64 {
+        match self {
+            Self::Listener => 0,
+            Self::PipeRead => 1,
+            Self::PipeWrite => 2,
+            Self::Connection { slot, generation, from } => {
+                let kind = match from {
+                    Origin::Program => 1,
+                    Origin::Guest => 2,
+                };
+                kind << KIND | (generation & GENERATION) << SLOT_BITS | (slot as u64 & 0xffff)
+            }
+        }
+    }
+
+    /// What a key of the store stands for.
+    #[must_use]
+    pub fn decode(key: u64) -> Option<Self> {
+        let from = match (key >> KIND, key) {
+            (0, 0) => return Some(Self::Listener),
+            (0, 1) => return Some(Self::PipeRead),
+            (0, 2) => return Some(Self::PipeWrite),
+            (1, _) => Origin::Program,
+            (2, _) => Origin::Guest,
+            _ => return None,
+        };
+        let slot = usize::try_from(key & 0xffff).ok()?;
+        Some(Self::Connection { slot, generation: key >> SLOT_BITS & GENERATION, from })
+    }
+}
+
+/// The supervisor's store, if there is a supervisor.
+#[derive(Debug)]
+pub struct Keep {
+    store: Option<Store>,
+    /// What the supervisor was too slow to be told: at most one for each connection that ended
+    /// while none could begin.
+    owed: Vec<u64>,
+}
+
+impl Keep {
+    /// What is put into `store` outlives the process.
+    #[must_use]
+    pub fn new(store: Option<Store>) -> Self {
+        Self { store, owed: Vec::new() }
+    }
+
+    /// Whether anything outlives the process.
+    #[must_use]
+    pub fn is_kept(&self) -> bool {
+        self.store.is_some()
+    }
+
+    /// Leaves a descriptor.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the supervisor is gone or too slow; nothing was left then.
+    pub fn put(&mut self, key: Key, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.settle_up();
+        let put = self.store.as_ref().map_or(Ok(()), |store| store.put(key.encode(), fd));
+        death::reach();
+        put
+    }
+
+    /// Takes one away. A successor does it if the supervisor does not hear it from this process.
+    pub fn remove(&mut self, key: u64) {
+        if self.store.is_some() {
+            self.owed.push(key);
+            self.settle_up();
+        }
+    }
+
+    fn settle_up(&mut self) {
+        let Some(store) = &self.store else { return };
+        while let Some(key) = self.owed.last() {
+            if let Err(error) = store.remove(*key) {
+                log::debug!("the supervisor does not take in what it shall close: {error}");
+                return;
+            }
+            self.owed.pop();
+            death::reach();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_key_names_what_it_was_made_of(slot in 0_usize..1024, generation in 0..GENERATION, guest: bool) {
+            let from = if guest { Origin::Guest } else { Origin::Program };
+            let key = Key::Connection { slot, generation, from };
+            prop_assert_eq!(Key::decode(key.encode()), Some(key));
+        }
+
+        #[test]
+        fn a_key_of_nobody_s_is_none(key: u64) {
+            if let Some(known) = Key::decode(key) {
+                prop_assert_eq!(known.encode(), key);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_connection_has_a_key_too() {
+        for key in [Key::Listener, Key::PipeRead, Key::PipeWrite] {
+            assert_eq!(Key::decode(key.encode()), Some(key));
+        }
+        assert_eq!(Key::decode(3), None);
+    }
+}
