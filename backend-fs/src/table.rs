@@ -70,8 +70,9 @@ pub(crate) struct Table {
     free_handles: Vec<usize>,
     /// By the file server's inode.
     by_inner: HashMap<u64, u64>,
-    /// Nodes that the file server does not know, by their inode number.
-    unknown: HashMap<u64, Vec<u64>>,
+    /// Nodes of a predecessor that the file server does not know: inode numbers and ids, sorted.
+    /// Those that it learns of stay here without an id.
+    unknown: Vec<(u64, u64)>,
     serial: u64,
 }
 
@@ -92,7 +93,9 @@ impl Table {
 
     /// Nodes with this inode number that the file server does not know.
     pub(crate) fn unknown(&self, inode: u64) -> Vec<u64> {
-        self.unknown.get(&inode).cloned().unwrap_or_default()
+        let first = self.unknown.partition_point(|(other, _id)| *other < inode);
+        let same = self.unknown[first..].iter().take_while(|(other, _id)| *other == inode);
+        same.map(|(_inode, id)| *id).filter(|id| *id != 0).collect()
     }
 
     /// Whether a new file can still be told of.
@@ -135,7 +138,6 @@ impl Table {
         };
         let id = self.next_id(slot, &mut writes);
         let node = Node::new(id, (inode, kind), Place::Inner(inner));
-        node.write(&mut writes);
         self.nodes[slot] = Some(node);
         self.by_inner.insert(inner, id);
         self.put_at(id, Some(spot), &mut writes);
@@ -182,15 +184,14 @@ impl Table {
         self.node_mut(before).into_iter().for_each(|parent| parent.children -= 1);
         if let Some(node) = self.node_mut(id) {
             node.parent = spot.map_or(0, |spot| spot.parent);
-            node.name = spot.map(|spot| spot.name.clone());
-            node.write(writes);
+            node.write(spot.map(|spot| &*spot.name), writes);
         }
     }
 
     /// Whether the guest knows a node as being at this very place.
     pub(crate) fn is_at(&self, id: u64, parent: u64, name: &CStr) -> bool {
-        let node = self.node(id);
-        node.is_some_and(|node| node.parent == parent && node.name.as_deref() == Some(name))
+        self.node(id).is_some_and(|node| node.parent == parent)
+            && self.name(id).as_deref() == Some(name)
     }
 
     /// The file server knows a node as `inner` from now on. Gives false if it is known already.
@@ -209,7 +210,7 @@ impl Table {
     /// A node without a name is this file.
     pub(crate) fn keep(&mut self, id: u64, file: OwnedFd) -> bool {
         let Some(node) = self.node_mut(id) else { return false };
-        if node.name.is_some() || id == ROOT {
+        if node.is_named() || id == ROOT {
             return false;
         }
         node.place = Place::Kept(Arc::new(file));
@@ -298,11 +299,10 @@ impl Table {
     }
 
     fn not_unknown(&mut self, inode: u64, id: u64) {
-        if let Some(ids) = self.unknown.get_mut(&inode) {
-            ids.retain(|other| *other != id);
-            if ids.is_empty() {
-                self.unknown.remove(&inode);
-            }
+        let first = self.unknown.partition_point(|(other, _id)| *other < inode);
+        let mut same = self.unknown[first..].iter_mut().take_while(|(other, _id)| *other == inode);
+        if let Some((_inode, known)) = same.find(|(_inode, other)| *other == id) {
+            *known = 0;
         }
     }
 }

@@ -83,7 +83,7 @@ impl<F: Inner> Core<F> {
         while matches!(place, Place::Unknown) {
             let table = self.table();
             let node = table.node(next).ok_or_else(stale)?;
-            let name = node.name.clone().ok_or_else(stale)?;
+            let name = table.name(next).ok_or_else(stale)?;
             way.push((next, name, node.inode, node.kind));
             next = node.parent;
             place = table.node(next).ok_or_else(stale)?.place.clone();
@@ -173,7 +173,7 @@ impl<F: Inner> Core<F> {
         let mut table = self.table();
         let node = table.by_inner(inner)?;
         let (id, is_kept) = (node.id, node.is_kept);
-        let is_nameless = node.name.is_none() && id != ROOT;
+        let is_nameless = !node.is_named() && id != ROOT;
         table.pin(id);
         if is_nameless {
             // It has another name, by which it can be found from now on.
@@ -211,7 +211,7 @@ impl<F: Inner> Core<F> {
         let (mut names, mut next) = (vec![spot.name.clone()], spot.parent);
         while next != ROOT {
             let node = table.node(next).ok_or_else(|| errno(libc::ESTALE))?;
-            names.push(node.name.clone().ok_or_else(|| errno(libc::ESTALE))?);
+            names.push(table.name(next).ok_or_else(|| errno(libc::ESTALE))?);
             next = node.parent;
         }
         names.reverse();

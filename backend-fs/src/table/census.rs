@@ -13,8 +13,9 @@ impl Table {
         let nodes = self.nodes.iter().flatten();
         let mut lines: Vec<Line> = nodes
             .map(|node| {
+                let name = self.name(node.id);
                 assert_eq!(node.pins, 0, "somebody is still about to tell of {}", node.id);
-                (node.inode, node.name.clone(), node.count, node.opens)
+                (node.inode, name, node.count, node.opens)
             })
             .collect();
         lines.sort();

@@ -40,7 +40,7 @@ impl Table {
             handles: Vec::new(),
             free_handles: Vec::new(),
             by_inner: HashMap::from([(ROOT, ROOT)]),
-            unknown: HashMap::new(),
+            unknown: Vec::new(),
             serial,
         };
         if table.session().is_some() {
@@ -57,11 +57,12 @@ impl Table {
         for slot in self.nodes.len()..end {
             let node = Node::read(slot, &self.ledger);
             match &node {
-                Some(node) => self.unknown.entry(node.inode).or_default().push(node.id),
+                Some(node) => self.unknown.push((node.inode, node.id)),
                 None => self.free_nodes.push(slot),
             }
             self.nodes.push(node);
         }
+        self.unknown.sort_unstable();
         for slot in 2..self.nodes.len() {
             let Some((id, parent)) = self.nodes[slot].as_ref().map(|node| (node.id, node.parent))
             else {
@@ -70,7 +71,7 @@ impl Table {
             if let Some(parent) = self.node_mut(parent) {
                 parent.children += 1;
             } else if let Some(node) = self.node_mut(id) {
-                (node.parent, node.name) = (0, None);
+                node.parent = 0;
             }
         }
         Ok(())

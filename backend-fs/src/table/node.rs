@@ -1,6 +1,6 @@
 //! One node, and when it ends.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -31,9 +31,8 @@ pub(crate) enum Place {
 #[derive(Debug)]
 pub(crate) struct Node {
     pub(crate) id: u64,
-    /// The folder that it is in; zero without a name.
+    /// The folder that it is in; zero without a name. The name itself is in the ledger only.
     pub(crate) parent: u64,
-    pub(crate) name: Option<CString>,
     /// Its inode number.
     pub(crate) inode: u64,
     /// Its type, as in `st_mode`.
@@ -63,7 +62,6 @@ impl Node {
         Self {
             id,
             parent: 0,
-            name: None,
             inode,
             kind: kind & libc::S_IFMT,
             place,
@@ -75,10 +73,10 @@ impl Node {
         }
     }
 
-    /// All of it but the count.
-    pub(super) fn write(&self, writes: &mut Writes) {
+    /// All of it, with a name for it.
+    pub(super) fn write(&self, name: Option<&CStr>, writes: &mut Writes) {
         let place = layout::node(layout::slot(self.id));
-        let name_bytes = self.name.as_ref().map_or(0, |name| name.as_bytes().len() as u64);
+        let name_bytes = name.map_or(0, |name| name.to_bytes().len() as u64);
         writes.extend([
             (place + PARENT, self.parent),
             (place + INODE, self.inode),
@@ -86,7 +84,7 @@ impl Node {
             (place + COUNT, self.count),
             (place + ID, self.id),
         ]);
-        if let Some(name) = &self.name {
+        if let Some(name) = name {
             layout::write_name(place + NAME, name, writes);
         }
     }
@@ -107,8 +105,15 @@ impl Node {
         let mut node = Self::new(id, (ledger.load(place + INODE), low), Place::Unknown);
         node.count = ledger.load(place + COUNT);
         node.parent = ledger.load(place + PARENT);
-        node.name = layout::read_name(place + NAME, kind >> 32, |at| ledger.load(at));
+        if kind >> 32 == 0 {
+            node.parent = 0;
+        }
         Some(node)
+    }
+
+    /// Whether it can be found by a name.
+    pub(crate) fn is_named(&self) -> bool {
+        self.parent != 0
     }
 
     pub(super) fn is_unused(&self) -> bool {
@@ -117,6 +122,14 @@ impl Node {
 }
 
 impl Table {
+    /// A node's name in its folder, if it has one.
+    pub(crate) fn name(&self, id: u64) -> Option<CString> {
+        self.node(id).filter(|node| node.is_named())?;
+        let place = layout::node(layout::slot(id));
+        let name_bytes = self.ledger.load(place + KIND) >> 32;
+        layout::read_name(place + NAME, name_bytes, |at| self.ledger.load(at))
+    }
+
     /// Removes a node if nobody needs it, and then its folder, and so on.
     pub(crate) fn drop_unused(&mut self, id: u64) -> Vec<Gone> {
         let mut gone = Vec::new();
