@@ -20,6 +20,7 @@ use rustix::{
 use crate::{
     cgroup::{self, CgroupError},
     journal, modules,
+    monotonic::Monotonic,
     mounts::{self, MountError},
     sandbox::network,
     serve::{self, Endpoint, ServeError},
@@ -54,7 +55,7 @@ pub(crate) enum InitError {
 }
 
 /// Sets a guest up as its PID 1, serves on vsock, and powers it off.
-pub(crate) fn run_guest() -> Result<(), InitError> {
+pub(crate) fn run_guest(began: Monotonic) -> Result<(), InitError> {
     let mounted = mounts::set_up_guest();
     journal::to_kernel();
     mounted.map_err(InitError::Mounts)?;
@@ -64,13 +65,13 @@ pub(crate) fn run_guest() -> Result<(), InitError> {
     if let Err(error) = mounts::seal_root() {
         log::warn!("{}", chain(&error));
     }
-    serve_until_shutdown(&Endpoint::Vsock)?;
+    serve_until_shutdown(&Endpoint::Vsock, began)?;
     log::info!("powering off");
     reboot(RebootCommand::PowerOff).map_err(InitError::PowerOff)
 }
 
 /// Serves on the sockets of `folder`, in namespaces cut off from the machine's.
-pub(crate) fn run_in_namespaces(folder: &Path) -> Result<(), InitError> {
+pub(crate) fn run_in_namespaces(folder: &Path, began: Monotonic) -> Result<(), InitError> {
     journal::to_stderr();
     if !getpid().is_init() {
         return Err(InitError::NotFirst);
@@ -83,7 +84,7 @@ pub(crate) fn run_in_namespaces(folder: &Path) -> Result<(), InitError> {
     sys::unshare(flags).map_err(InitError::Namespaces)?;
     mounts::set_up_namespaces().map_err(InitError::Mounts)?;
     prepare()?;
-    serve_until_shutdown(&Endpoint::Unix(PathBuf::from(folder)))
+    serve_until_shutdown(&Endpoint::Unix(PathBuf::from(folder)), began)
 }
 
 /// What guest and namespaces have in common.
@@ -99,14 +100,14 @@ fn prepare() -> Result<(), InitError> {
     Ok(())
 }
 
-fn serve_until_shutdown(endpoint: &Endpoint) -> Result<(), InitError> {
+fn serve_until_shutdown(endpoint: &Endpoint, began: Monotonic) -> Result<(), InitError> {
     // One thread carries everything but blocking calls: the agent moves bytes and waits.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(16)
         .build()
         .map_err(InitError::Runtime)?;
-    let served = runtime.block_on(serve::run(endpoint)).map_err(InitError::Serve);
+    let served = runtime.block_on(serve::run(endpoint, began)).map_err(InitError::Serve);
     // Tasks that still wait for processes or hosts have nobody left to answer.
     runtime.shutdown_background();
     served

@@ -6,7 +6,7 @@
 
 use std::{env, process::ExitCode};
 
-use crate::{args::Mode, text::chain};
+use crate::{args::Mode, monotonic::Monotonic, text::chain};
 
 mod args;
 mod cgroup;
@@ -16,6 +16,7 @@ mod init;
 mod journal;
 mod launch;
 mod modules;
+mod monotonic;
 mod mounts;
 mod process;
 mod sandbox;
@@ -28,6 +29,8 @@ mod sys;
 mod text;
 
 fn main() -> ExitCode {
+    // Before anything else: for the host this is when the guest's user space began.
+    let began = Monotonic::now();
     let mode = match Mode::parse(env::args_os().skip(1)) {
         Ok(mode) => mode,
         Err(error) => {
@@ -37,8 +40,8 @@ fn main() -> ExitCode {
         }
     };
     let outcome = match &mode {
-        Mode::Init => init::run_guest(),
-        Mode::ListenUnix(folder) => init::run_in_namespaces(folder),
+        Mode::Init => init::run_guest(began),
+        Mode::ListenUnix(folder) => init::run_in_namespaces(folder, began),
         Mode::Launch => {
             journal::to_stderr();
             return launch::child::run();

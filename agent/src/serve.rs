@@ -18,7 +18,8 @@ use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 use ttrpc::r#async::{Server, transport::Listener};
 
 use crate::{
-    container::Containers, process::reap::Reaper, sandbox::Sandbox, service::Service, streams,
+    container::Containers, monotonic::Monotonic, process::reap::Reaper, sandbox::Sandbox,
+    service::Service, streams,
 };
 
 /// How long the answer to Shutdown may take to leave before the machine goes off.
@@ -54,12 +55,13 @@ pub(crate) enum Endpoint {
 }
 
 /// Serves until a host has asked for Shutdown and was answered.
-pub(crate) async fn run(endpoint: &Endpoint) -> Result<(), ServeError> {
+pub(crate) async fn run(endpoint: &Endpoint, began: Monotonic) -> Result<(), ServeError> {
     let reaper = Arc::new(Reaper::default());
     reaper.start().map_err(ServeError::Reap)?;
     let containers = Arc::new(Containers::new(reaper));
     let done = Arc::new(Notify::new());
-    let service = Service::new(Arc::clone(&containers), Sandbox::default(), Arc::clone(&done));
+    let service =
+        Service::new(Arc::clone(&containers), Sandbox::default(), Arc::clone(&done), began);
 
     let (calls, streams) = match endpoint {
         Endpoint::Vsock => {

@@ -21,6 +21,7 @@ use ttrpc::{Code, r#async::TtrpcContext, error::get_rpc_status};
 use crate::{
     container::{ContainerError, Containers, NewContainer, NewProcess},
     ids::{ContainerId, ExecId, ProcessId},
+    monotonic::Monotonic,
     process::{ProcessError, Size, stdio::Wiring},
     sandbox::{Sandbox, SandboxError, disks::DiskRequest},
     shutdown,
@@ -36,11 +37,18 @@ pub(crate) struct Service {
     sandbox: Arc<Sandbox>,
     /// Told when the guest is to go off.
     done: Arc<Notify>,
+    /// When this process did.
+    began: Monotonic,
 }
 
 impl Service {
-    pub(crate) fn new(containers: Arc<Containers>, sandbox: Sandbox, done: Arc<Notify>) -> Self {
-        Self { containers, sandbox: Arc::new(sandbox), done }
+    pub(crate) fn new(
+        containers: Arc<Containers>,
+        sandbox: Sandbox,
+        done: Arc<Notify>,
+        began: Monotonic,
+    ) -> Self {
+        Self { containers, sandbox: Arc::new(sandbox), done, began }
     }
 }
 
@@ -107,6 +115,8 @@ impl Agent for Service {
             kernel_release: uname().release().to_string_lossy().into_owned(),
             online_cpus: u32::try_from(cpus).unwrap_or(u32::MAX),
             memory_bytes: info.totalram.saturating_mul(u64::from(info.mem_unit)),
+            began_ns: self.began.ns(),
+            now_ns: Monotonic::now().ns(),
             ..HelloResponse::new()
         })
     }

@@ -278,6 +278,7 @@ impl Control {
             resets: self.vm.resets(),
             timing: self.timing,
             exits: exit::sum(self.vm.vcpus().exit_counts()),
+            kvm: self.vm.parts.statistics.read(),
             devices: self.vm.device_statuses().collect(),
         }
     }

@@ -27,6 +27,7 @@ pub mod pci;
 pub mod poll;
 pub mod seccomp;
 pub mod shared_event;
+pub mod statistics;
 pub mod supervisor;
 mod sys;
 pub mod timing;
@@ -80,9 +81,8 @@ impl VmmError {
             Self::Vm(VmError::Boot(error)) if error.is_about_file() => VmmExit::BootFile,
             Self::Vm(VmError::Memory(_)) => VmmExit::Memory,
             Self::Vm(VmError::Devices(_)) => VmmExit::Backend,
-            Self::Vm(
-                VmError::Kvm(_) | VmError::Vcpu(VcpuError::TooMany { .. } | VcpuError::Kvm { .. }),
-            ) => VmmExit::Kvm,
+            Self::Vm(VmError::Vcpu(VcpuError::TooMany { .. })) => VmmExit::Cpus,
+            Self::Vm(VmError::Kvm(_) | VmError::Vcpu(VcpuError::Kvm { .. })) => VmmExit::Kvm,
             _ => VmmExit::Failed,
         }
     }

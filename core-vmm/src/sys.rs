@@ -91,6 +91,21 @@ pub(crate) fn set_memory_slot(vm: &VmFd, slot: u32, region: &GuestRegionMmap) ->
     unsafe { vm.set_user_memory_region(slot) }.map_err(Into::into)
 }
 
+/// `KVM_GET_STATS_FD`, `_IO(KVMIO, 0xce)`.
+const KVM_GET_STATS_FD: libc::Ioctl = 0xaece;
+
+/// A descriptor of what KVM counts about a VM or a vCPU, which only reads.
+///
+/// # Errors
+///
+/// Fails if this KVM has none to give.
+pub(crate) fn kvm_statistics(of: &impl AsRawFd) -> io::Result<File> {
+    // SAFETY: the request takes no argument and makes a new descriptor.
+    let fd = check(unsafe { libc::ioctl(of.as_raw_fd(), KVM_GET_STATS_FD, 0) })?;
+    // SAFETY: the descriptor is new, so nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
+}
+
 /// A port access that ended a vCPU's run.
 ///
 /// A string instruction gives several at once: `data` is then as many elements of `size` bytes,

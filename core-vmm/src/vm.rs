@@ -41,6 +41,7 @@ use crate::{
         region::{self, GuestRam, MemoryError},
     },
     seccomp::{self, SeccompError},
+    statistics::Statistics,
     vcpu::{
         self, VcpuError, Vcpus,
         exit::Buses,
@@ -100,6 +101,8 @@ pub struct Parts {
     pub console: Option<Console>,
     /// What vCPUs tell.
     pub mailbox: Mailbox,
+    /// What KVM counts.
+    pub statistics: Statistics,
 }
 
 /// A VM whose threads are not started.
@@ -136,6 +139,7 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
     let ram = GuestRam::new(config.memory_bytes)?;
     ram.register(&kvm.vm)?;
     let vcpus = vcpu::create(&host, &kvm.vm, config.cpus)?;
+    let statistics = Statistics::open(&kvm.vm, &vcpus);
     let backends = devices::connect(&config.devices, jail::watchdog()?)?;
     let devices = Devices::attach(backends, &kvm.vm, address_bits)?;
     let gate = Arc::new(Gate::new());
@@ -152,6 +156,7 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
         events,
         console,
         mailbox,
+        statistics,
     };
     parts.connect_interrupts()?;
     let around = Surroundings {

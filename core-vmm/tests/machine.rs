@@ -290,7 +290,7 @@ fn what_can_not_work_is_refused_with_its_own_exit_code_and_one_line() {
         ("fine", &["--memory", "0"], VmmExit::Memory, "--memory is 0"),
         ("fine", &["--memory", "3M"], VmmExit::Memory, "2 MiB"),
         ("fine", &["--memory", "4T"], VmmExit::Memory, "--memory"),
-        ("fine", &["--cpus", "255"], VmmExit::Kvm, "--cpus 255"),
+        ("fine", &["--cpus", "255"], VmmExit::Cpus, "--cpus 255"),
         ("fine", &["--cpus", "0"], VmmExit::Usage, "--cpus"),
         ("fine", &["--serial", "telnet"], VmmExit::Usage, "telnet"),
         ("fine", &["--control-fd", "99"], VmmExit::Failed, "control socket"),

@@ -26,6 +26,8 @@ pub enum VmmExit {
     GuestCrash = 9,
     /// The supervisor asked for an immediate stop.
     Stopped = 10,
+    /// More vCPUs than KVM gives one VM.
+    Cpus = 11,
 }
 
 /// How a device backend ended.
@@ -51,10 +53,41 @@ pub enum BackendExit {
 
 /// Exit codes of `nacre run` that are not the container's own.
 ///
-/// A container's code is passed through; one that is ended by signal n gives 128 + n.
+/// A container's code is passed through; one that is ended by signal n gives 128 + n. Codes up to
+/// [`RunExit::BackendStart`] say which part of the set-up failed, before any guest ran:
+/// [`RunExit::Setup`] is for the rest. As with every container tool, a container may exit with one
+/// of these codes itself; the line on standard error tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum RunExit {
+    /// The command line makes no sense.
+    Usage = 105,
+    /// Not root, or root without a capability that is needed.
+    NotPermitted = 106,
+    /// The name is in use, or no sandbox has it, or not one that can do what was asked.
+    Name = 107,
+    /// The kernel or the initramfs is missing, unreadable, empty or malformed.
+    BootFile = 108,
+    /// The root file system, a folder or an image, is missing, unreadable or malformed.
+    RootFs = 109,
+    /// The folder of a volume is missing or unreadable.
+    Volume = 110,
+    /// A disk is missing, unreadable or no disk.
+    Disk = 111,
+    /// Memory of 0, or more than the host has or a guest can address, or no room for it.
+    Memory = 112,
+    /// No CPUs, or more than KVM gives one VM.
+    Cpus = 113,
+    /// KVM is absent, not permitted, or refuses what was asked.
+    Kvm = 114,
+    /// The host gives no network.
+    Network = 115,
+    /// The host does not take a limit.
+    Limits = 116,
+    /// A program of Nacre's, the VMM or a backend, is missing or can't be started.
+    Program = 117,
+    /// A backend ended, or did not become ready, before the VMM was started.
+    BackendStart = 118,
     /// The guest powered off or reset itself, without a panic and unasked.
     GuestLeft = 119,
     /// The guest's kernel panicked or crashed.
@@ -63,11 +96,11 @@ pub enum RunExit {
     OutOfMemory = 121,
     /// The VMM died or failed.
     VmmDied = 122,
-    /// A device backend could not be started, or its device is lost for good.
+    /// A device backend died, and its device is lost for good.
     BackendDied = 123,
     /// The agent did not answer.
     AgentSilent = 124,
-    /// Nacre failed before the container ran: bad arguments, missing files, no KVM.
+    /// Nacre failed before the container ran, in a way that has no code of its own.
     Setup = 125,
     /// The container's program can't be executed.
     CannotExecute = 126,
@@ -101,7 +134,7 @@ impl VmmExit {
     }
 
     /// All of them, for tables and tests.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::PowerOff,
         Self::Failed,
         Self::Usage,
@@ -113,6 +146,7 @@ impl VmmExit {
         Self::GuestPanic,
         Self::GuestCrash,
         Self::Stopped,
+        Self::Cpus,
     ];
 }
 
@@ -125,6 +159,6 @@ mod tests {
         for exit in VmmExit::ALL {
             assert_eq!(VmmExit::from_code(exit.into()), Some(exit));
         }
-        assert_eq!(VmmExit::from_code(11), None);
+        assert_eq!(VmmExit::from_code(12), None);
     }
 }

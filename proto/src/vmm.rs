@@ -5,6 +5,8 @@
 //! supervisor's end of the socket being closed ends the VM. A request that needs a descriptor has
 //! exactly one beside it (`SCM_RIGHTS`); no other datagram has any.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// The longest datagram, in bytes.
@@ -109,6 +111,10 @@ pub struct Status {
     pub timing: Timing,
     /// Exits to user space since the start, all vCPUs together.
     pub exits: Exits,
+    /// What KVM itself has counted, by its own names, all vCPUs together; none where the host does
+    /// not give it (before Linux 5.14).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kvm: Option<BTreeMap<String, u64>>,
     /// The virtio devices, in the order of the command line.
     pub devices: Vec<DeviceStatus>,
 }
@@ -155,9 +161,9 @@ pub enum State {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Timing {
-    /// The process began.
+    /// The program began to run in its process.
     pub started_ns: u64,
-    /// The vCPUs were let run for the first time.
+    /// The vCPUs were let run for the first time: their next step is `KVM_RUN`.
     pub first_run_ns: u64,
 }
 
@@ -249,6 +255,7 @@ mod tests {
             resets: 1,
             timing: Timing { started_ns: 1, first_run_ns: 2 },
             exits: Exits { pio_reads: 3, ..Exits::default() },
+            kvm: Some(BTreeMap::from([("exits".to_owned(), 7)])),
             devices: vec![DeviceStatus {
                 id: "root".to_owned(),
                 state: DeviceState::Lost,

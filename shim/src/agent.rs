@@ -3,7 +3,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nacre_proto::{
@@ -85,6 +85,7 @@ pub struct Agent {
     client: AgentClient,
     vsock: PathBuf,
     limit: Duration,
+    began: Option<Instant>,
 }
 
 impl Agent {
@@ -98,7 +99,7 @@ impl Agent {
             .await
             .map_err(|_elapsed| AgentError::Mute)??;
         let client = AgentClient::new(Client::new(Socket::new(stream)));
-        let agent = Self { client, vsock: vsock.to_owned(), limit };
+        let mut agent = Self { client, vsock: vsock.to_owned(), limit, began: None };
         let hello =
             HelloRequest { major: AGENT_MAJOR, minor: AGENT_MINOR, ..HelloRequest::default() };
         let answer = agent
@@ -109,6 +110,9 @@ impl Agent {
         if answer.major != AGENT_MAJOR {
             return Err(AgentError::Version(answer.major));
         }
+        // The answer was made a little before now: the moment is too late by its way, no more.
+        let age = answer.now_ns.checked_sub(answer.began_ns).map(Duration::from_nanos);
+        agent.began = age.and_then(|age| Instant::now().checked_sub(age));
         log::debug!(
             "agent {}.{} on Linux {}, {} CPUs, {} bytes",
             answer.major,
@@ -124,6 +128,12 @@ impl Agent {
     #[must_use]
     pub fn vsock(&self) -> &Path {
         &self.vsock
+    }
+
+    /// When the agent, the guest's process 1, began to run, by its own word.
+    #[must_use]
+    pub fn began(&self) -> Option<Instant> {
+        self.began
     }
 
     fn context(&self) -> Context {

@@ -87,6 +87,14 @@ pub enum ChildError {
     },
 }
 
+impl ChildError {
+    /// Whether the program itself can't be started.
+    #[must_use]
+    pub fn is_about_program(&self) -> bool {
+        matches!(self, Self::Missing { .. } | Self::Start { .. })
+    }
+}
+
 /// A program about to be started.
 #[derive(Debug)]
 pub struct Launch {

@@ -13,6 +13,7 @@ pub mod child;
 pub mod fault;
 pub mod hybrid_vsock;
 pub mod image;
+mod lock;
 pub mod log_file;
 pub mod name;
 pub mod network;

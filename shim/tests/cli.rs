@@ -97,6 +97,19 @@ impl Ground {
     }
 }
 
+// The exit codes of `nacre_proto::exit::RunExit`, as the README has them.
+const USAGE: i32 = 105;
+const NAME: i32 = 107;
+const BOOT_FILE: i32 = 108;
+const ROOT_FS: i32 = 109;
+const VOLUME: i32 = 110;
+const DISK: i32 = 111;
+const MEMORY: i32 = 112;
+const CPUS: i32 = 113;
+const PROGRAM: i32 = 117;
+const BACKEND_START: i32 = 118;
+const SETUP: i32 = 125;
+
 /// One line, that begins with the program's name and holds `words`.
 fn assert_one_line(told: &Told, code: i32, words: &[&str]) {
     assert_eq!(told.code, code, "{}", told.error);
@@ -111,48 +124,63 @@ fn assert_one_line(told: &Told, code: i32, words: &[&str]) {
 #[test]
 fn files_that_cannot_be_used_are_named() {
     let ground = Ground::new();
-    assert_one_line(&ground.run(&["--kernel", "none"]), 125, &["kernel /", "none: No such file"]);
+    let fails = |arguments: &[&str], code, words: &[&str]| {
+        assert_one_line(&ground.run(arguments), code, words);
+    };
+    fails(&["--kernel", "none"], BOOT_FILE, &["kernel /", "none: No such file"]);
     fs::write(ground.path("empty"), "").unwrap();
-    assert_one_line(&ground.run(&["--kernel", "empty"]), 125, &["/empty: the file is empty"]);
-    assert_one_line(&ground.run(&["--initramfs", "none"]), 125, &["initramfs /", "/none"]);
-    assert_one_line(&ground.run(&["--disk", "none"]), 125, &["disk /", "none: No such file"]);
-    assert_one_line(&ground.run(&["-v", "kernel:/k"]), 125, &["volume /", "kernel: not a folder"]);
-    assert_one_line(&ground.run(&["-v", "rootfs"]), 125, &["`rootfs` is no volume"]);
-    let told = ground.nacre(&["run", "--rootfs", "none", "--", "true"]);
-    assert_one_line(&told, 125, &["root file system /", "/none: No such file"]);
+    fails(&["--kernel", "empty"], BOOT_FILE, &["/empty: the file is empty"]);
+    fails(&["--kernel", "rootfs"], BOOT_FILE, &["/rootfs: not a file"]);
+    fails(&["--kernel", "/proc/self/mem"], BOOT_FILE, &["kernel /proc/self/mem: Input/output"]);
+    fails(&["--initramfs", "none"], BOOT_FILE, &["initramfs /", "/none: No such file"]);
+    fails(&["--disk", "none"], DISK, &["disk /", "none: No such file"]);
+    fails(&["--disk", "empty"], DISK, &["disk /", "/empty: the file is empty"]);
+    fails(&["--disk", "rootfs"], DISK, &["/rootfs: neither a file nor a block device"]);
+    fails(&["--disk", "kernel"], DISK, &["/kernel: its size is no multiple of 512 bytes"]);
+    fails(&["-v", "kernel:/k"], VOLUME, &["volume /", "kernel: not a folder"]);
+    fails(&["-v", "none:/k"], VOLUME, &["volume /", "none: No such file"]);
+    fails(&["-v", "rootfs"], USAGE, &["`rootfs` is no volume"]);
+    for (rootfs, words) in [("none", "/none: No such file"), ("kernel", "/kernel: not a folder")] {
+        let told = ground.nacre(&["run", "--rootfs", rootfs, "--", "true"]);
+        assert_one_line(&told, ROOT_FS, &["root file system /", words]);
+    }
     assert_eq!(ground.names(), [""; 0]);
 }
 
 #[test]
 fn sizes_that_make_no_sense_are_refused() {
     let ground = Ground::new();
-    assert_one_line(&ground.run(&["--memory", "0"]), 125, &["--memory 0"]);
-    assert_one_line(&ground.run(&["--memory", "900T"]), 125, &["memory of 900T is more than"]);
-    assert_one_line(&ground.run(&["--cpus", "0"]), 125, &["at least one CPU"]);
-    assert_eq!(ground.run(&["--memory", "many"]).code, 125);
+    assert_one_line(&ground.run(&["--memory", "0"]), MEMORY, &["--memory 0"]);
+    let words = ["memory of 1T is more than the host's memory and swap"];
+    assert_one_line(&ground.run(&["--memory", "1T"]), MEMORY, &words);
+    // 2 to the 53rd: no x86 has more than 52 bits.
+    let words = ["memory of 8192T is more than", "physical address bits can address"];
+    assert_one_line(&ground.run(&["--memory", "8192T"]), MEMORY, &words);
+    assert_one_line(&ground.run(&["--cpus", "0"]), CPUS, &["at least one CPU"]);
+    assert_eq!(ground.run(&["--memory", "many"]).code, USAGE);
     assert_eq!(ground.names(), [""; 0]);
 }
 
 #[test]
 fn unknown_users_and_missing_commands_are_refused() {
     let ground = Ground::new();
-    assert_one_line(&ground.run(&["--user", "web"]), 125, &["user `web` is not in"]);
+    assert_one_line(&ground.run(&["--user", "web"]), USAGE, &["user `web` is not in"]);
     fs::write(ground.path("rootfs/etc/passwd"), "web:x:1:1::/:/bin/sh\n").unwrap();
     // With the user known it gets further: to the first program that is not there.
-    assert_one_line(&ground.run(&["--user", "web"]), 123, &["no such program"]);
+    assert_one_line(&ground.run(&["--user", "web"]), PROGRAM, &["no such program"]);
     let told = ground.nacre(&["run", "--rootfs", "rootfs"]);
-    assert_one_line(&told, 125, &["no command"]);
+    assert_one_line(&told, USAGE, &["no command"]);
 }
 
 #[test]
 fn a_backend_that_is_missing_or_ends_at_once_is_told_and_leaves_nothing() {
     let ground = Ground::new();
-    assert_one_line(&ground.run(&[]), 123, &["nacre-vsock of `vsock`: no such program: /"]);
+    assert_one_line(&ground.run(&[]), PROGRAM, &["nacre-vsock of `vsock`: no such program: /"]);
     assert_eq!(ground.names(), [""; 0]);
     ground.ending_program("nacre-vsock", "sleep 1000");
     ground.ending_program("nacre-fs", "echo the folder bites >&2; exit 3");
     let words = ["nacre-fs of `rootfs` ended with code 3", "the folder bites"];
-    assert_one_line(&ground.run(&[]), 123, &words);
+    assert_one_line(&ground.run(&[]), BACKEND_START, &words);
     assert_eq!(ground.names(), [""; 0]);
 }
 
@@ -160,7 +188,7 @@ fn a_backend_that_is_missing_or_ends_at_once_is_told_and_leaves_nothing() {
 fn a_daemon_that_fails_tells_the_program_that_was_typed() {
     let ground = Ground::new();
     let told = ground.run(&["--detach", "--name", "web"]);
-    assert_one_line(&told, 123, &["nacre-vsock of `vsock`: no such program: /"]);
+    assert_one_line(&told, PROGRAM, &["nacre-vsock of `vsock`: no such program: /"]);
     assert_eq!(ground.names(), [""; 0]);
 }
 
@@ -174,7 +202,7 @@ fn an_early_step_that_fails_leaves_nothing() {
         let mut command =
             ground.command(&["run", "--rootfs", "rootfs", "--bin-dir", "bin", "--", "true"]);
         let told = command.env("NACRE_FAIL_AT", step).output().unwrap().into();
-        assert_one_line(&told, 125, &[&format!("step `{step}` fails")]);
+        assert_one_line(&told, SETUP, &[&format!("step `{step}` fails")]);
         assert_eq!(ground.names(), [""; 0], "{step}");
     }
 }
@@ -182,11 +210,11 @@ fn an_early_step_that_fails_leaves_nothing() {
 #[test]
 fn a_name_is_checked_and_can_be_used_once() {
     let ground = Ground::new();
-    assert_eq!(ground.run(&["--name", "../web"]).code, 125);
+    assert_eq!(ground.run(&["--name", "../web"]).code, USAGE);
     ground.record("web", &json!({"exited": {"code": 4}}));
-    assert_one_line(&ground.run(&["--name", "web"]), 125, &["`web` is in use", "nacre rm"]);
+    assert_one_line(&ground.run(&["--name", "web"]), NAME, &["`web` is in use", "nacre rm"]);
     assert_eq!(ground.nacre(&["rm", "web"]).code, 0);
-    assert_one_line(&ground.run(&["--name", "web"]), 123, &["no such program"]);
+    assert_one_line(&ground.run(&["--name", "web"]), PROGRAM, &["no such program"]);
 }
 
 #[test]
@@ -211,7 +239,7 @@ fn a_dead_sandboxs_name_is_free_for_the_next_one() {
     let ground = Ground::new();
     ground.record("lost", &json!("running"));
     let told = ground.run(&["--name", "lost"]);
-    assert_eq!(told.code, 123, "{}", told.error);
+    assert_eq!(told.code, PROGRAM, "{}", told.error);
     assert!(told.error.contains("clears away what a dead supervisor left"), "{}", told.error);
     assert_eq!(ground.names(), [""; 0]);
 }
@@ -221,10 +249,10 @@ fn sandboxes_that_are_not_there_or_do_not_run_are_told_apart() {
     let ground = Ground::new();
     for command in [&["exec", "web", "ls"][..], &["logs", "web"], &["stop", "web"], &["rm", "web"]]
     {
-        assert_one_line(&ground.nacre(command), 125, &["there is no sandbox `web`"]);
+        assert_one_line(&ground.nacre(command), NAME, &["there is no sandbox `web`"]);
     }
     ground.record("web", &json!({"exited": {"code": 4}}));
-    assert_one_line(&ground.nacre(&["exec", "web", "ls"]), 125, &["has ended with code 4"]);
+    assert_one_line(&ground.nacre(&["exec", "web", "ls"]), NAME, &["has ended with code 4"]);
     assert_eq!(ground.nacre(&["stop", "web"]).code, 0);
 }
 
@@ -233,8 +261,8 @@ fn a_state_of_another_version_is_left_alone() {
     let ground = Ground::new();
     ground.record("web", &json!("running"));
     fs::write(ground.path("state/web/state.json"), r#"{"version": 9}"#).unwrap();
-    assert_one_line(&ground.nacre(&["rm", "web"]), 125, &["has version 9"]);
-    assert_eq!(ground.run(&["--name", "web"]).code, 125);
+    assert_one_line(&ground.nacre(&["rm", "web"]), SETUP, &["has version 9"]);
+    assert_eq!(ground.run(&["--name", "web"]).code, SETUP);
     assert_eq!(ground.names(), ["web"]);
 }
 
@@ -242,7 +270,7 @@ fn a_state_of_another_version_is_left_alone() {
 fn a_log_is_told_apart_into_its_streams() {
     let ground = Ground::new();
     ground.record("web", &json!({"exited": {"code": 0}}));
-    assert_one_line(&ground.nacre(&["logs", "web"]), 125, &["keeps no log"]);
+    assert_one_line(&ground.nacre(&["logs", "web"]), SETUP, &["keeps no log"]);
     let mut log = Vec::new();
     for (stream, bytes) in [(1u8, &b"out\n"[..]), (2, b"err\n"), (1, b"more\n")] {
         log.extend([stream, 0, 0, 0]);
@@ -262,8 +290,8 @@ fn a_log_is_told_apart_into_its_streams() {
 fn an_image_that_is_none_is_refused_and_leaves_nothing() {
     let ground = Ground::new();
     let run = |image: &str| ground.nacre(&["run", "--image", image, "--", "true"]);
-    assert_one_line(&run("none"), 125, &["image /", "can't be read"]);
-    assert_one_line(&run("rootfs"), 125, &["is no OCI layout"]);
-    assert_one_line(&run("kernel"), 125, &["image /"]);
+    assert_one_line(&run("none"), ROOT_FS, &["image /", "can't be read"]);
+    assert_one_line(&run("rootfs"), ROOT_FS, &["is no OCI layout"]);
+    assert_one_line(&run("kernel"), ROOT_FS, &["image /"]);
     assert_eq!(ground.names(), [""; 0]);
 }

@@ -85,6 +85,15 @@ impl Vcpu {
         Ok(Self { index, fd, reset_state, is_fresh: true })
     }
 
+    /// A descriptor of what KVM counts about it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if this KVM has none to give.
+    pub fn statistics(&self) -> std::io::Result<std::fs::File> {
+        sys::kvm_statistics(&self.fd)
+    }
+
     /// The half that the control thread keeps.
     ///
     /// # Errors

@@ -13,14 +13,17 @@ use std::{
     io::{self, BufRead, BufReader, Read},
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use flate2::bufread::MultiGzDecoder;
+use nacre_proto::exit::RunExit;
 use oci_spec::image::{
     Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType, Os,
 };
-use rustix::fs::{FlockOperation, flock};
 use ruzstd::decoding::StreamingDecoder;
+
+use crate::lock;
 
 pub use layer::LayerError;
 use layer::{Pass, Target};
@@ -29,6 +32,8 @@ use source::{Compression, Source};
 
 /// How deep an index may lead to other indexes.
 const MAX_INDEX_DEPTH: usize = 4;
+/// How long another process that unpacks an image may take.
+const UNPACKED_WITHIN: Duration = Duration::from_secs(600);
 /// The most layers of one image; the specification sets none.
 const MAX_LAYERS: usize = 256;
 
@@ -72,6 +77,14 @@ pub enum ImageError {
         /// Why not.
         source: io::Error,
     },
+}
+
+impl ImageError {
+    /// The exit code of a command that fails by it.
+    #[must_use]
+    pub fn exit(&self) -> RunExit {
+        if let Self::Cache { .. } = self { RunExit::Setup } else { RunExit::RootFs }
+    }
 }
 
 /// What an image asks for its container, if nothing else is said.
@@ -137,7 +150,7 @@ impl Image {
     pub fn unpack(&self, cache: &Path) -> Result<PathBuf, ImageError> {
         let images = cache.join("images");
         let failed = |source| ImageError::Cache { path: images.clone(), source };
-        let _lock = lock(&images).map_err(failed)?;
+        let _lock = lock(&images, &self.source.cancel).map_err(failed)?;
         let folder = images.join(&self.digest);
         if folder.is_dir() {
             return Ok(folder);
@@ -227,11 +240,9 @@ fn defaults(config: &ImageConfiguration) -> ImageDefaults {
     }
 }
 
-fn lock(images: &Path) -> io::Result<File> {
+fn lock(images: &Path, cancel: &Cancel) -> io::Result<File> {
     DirBuilder::new().recursive(true).mode(0o700).create(images)?;
-    let folder = File::open(images)?;
-    flock(&folder, FlockOperation::LockExclusive)?;
-    Ok(folder)
+    lock::exclusive(images, UNPACKED_WITHIN, || cancel.check())
 }
 
 fn remove_if_there(folder: &Path) -> io::Result<()> {

@@ -37,7 +37,8 @@ impl Cancel {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    fn check(&self) -> io::Result<()> {
+    /// Fails if it was called off.
+    pub(super) fn check(&self) -> io::Result<()> {
         if self.0.load(Ordering::Relaxed) { Err(io::Error::other("called off")) } else { Ok(()) }
     }
 }
@@ -80,7 +81,8 @@ enum Form {
 pub struct Source {
     path: PathBuf,
     form: Form,
-    cancel: Cancel,
+    /// Whether it was called off.
+    pub(super) cancel: Cancel,
 }
 
 impl Source {

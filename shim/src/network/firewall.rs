@@ -5,25 +5,60 @@
 
 use std::{
     env,
-    io::Write as _,
+    io::{self, Write as _},
     net::Ipv4Addr,
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    process::{Pid, PidfdFlags, pidfd_open},
 };
 
 use crate::{log_file, network::NetworkError, record::Firewall};
+
+/// How long a program of the host may take: generous, for they wait for locks of their own.
+const RUN_WITHIN: Duration = Duration::from_secs(20);
 
 /// Runs a program of the host.
 ///
 /// # Errors
 ///
-/// Fails if it is missing or does not succeed; the error carries the first line it printed.
+/// Fails if it is missing, does not end or does not succeed; the error carries the first line it
+/// printed.
 pub(crate) fn run(
     program: &'static str,
     arguments: &[&str],
     input: &str,
 ) -> Result<(), NetworkError> {
+    run_within(RUN_WITHIN, program, arguments, input)
+}
+
+/// Whether `child` ends in time.
+fn ends_within(child: &Child, limit: Duration) -> io::Result<bool> {
+    let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+    let deadline = Instant::now() + limit;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).map_err(io::Error::other)?;
+        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left)) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn run_within(
+    limit: Duration,
+    program: &'static str,
+    arguments: &[&str],
+    input: &str,
+) -> Result<(), NetworkError> {
     let failed = |source| match source {
-        error if std::io::Error::kind(&error) == std::io::ErrorKind::NotFound => {
+        error if io::Error::kind(&error) == io::ErrorKind::NotFound => {
             NetworkError::MissingProgram(program)
         }
         source => NetworkError::Run { program, source },
@@ -36,7 +71,13 @@ pub(crate) fn run(
         .stderr(Stdio::piped())
         .spawn()
         .map_err(failed)?;
+    // All that is ever fed fits into a pipe, so it does not block.
     let fed = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(input.as_bytes()));
+    if !ends_within(&child, limit).map_err(failed)? {
+        child.kill().and_then(|()| child.wait()).map_err(failed)?;
+        let (arguments, seconds) = (arguments.join(" "), limit.as_secs());
+        return Err(NetworkError::Hung { program, arguments, seconds });
+    }
     let output = child.wait_with_output().map_err(failed)?;
     if output.status.success() {
         return fed.map_err(failed);
@@ -152,5 +193,12 @@ mod tests {
             run("nacre-no-such-program", &[], ""),
             Err(NetworkError::MissingProgram("nacre-no-such-program"))
         ));
+    }
+
+    #[test]
+    fn a_program_that_hangs_is_killed_and_told() {
+        let error = run_within(Duration::from_millis(50), "sleep", &["1000"], "").unwrap_err();
+        let words = "`sleep 1000` does not end: it was killed after 0 s";
+        assert_eq!(error.to_string(), words);
     }
 }

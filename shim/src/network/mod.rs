@@ -50,6 +50,16 @@ pub enum NetworkError {
         /// The first line it printed.
         said: String,
     },
+    /// A program of the host hangs.
+    #[error("`{program} {arguments}` does not end: it was killed after {seconds} s")]
+    Hung {
+        /// Which.
+        program: &'static str,
+        /// With what.
+        arguments: String,
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// Forwarding can't be switched on.
     #[error("can't switch on forwarding of {0}")]
     Forwarding(String, #[source] io::Error),
@@ -88,6 +98,8 @@ pub fn create(registration: &mut Registration) -> Result<Network, NetworkError> 
 
 fn let_out(registration: &mut Registration, pair: Pair, uplink: &str) -> Result<(), NetworkError> {
     let firewall = firewall::available()?;
+    // Held until the switch is as the record says: the last to end looks at both.
+    let lock = registration.lock()?;
     let was_on = fs::read_to_string(forwarding_switch(uplink))
         .map_err(|source| NetworkError::Forwarding(uplink.to_owned(), source))?
         .trim()
@@ -104,6 +116,7 @@ fn let_out(registration: &mut Registration, pair: Pair, uplink: &str) -> Result<
         fs::write(forwarding_switch(interface), "1")
             .map_err(|source| NetworkError::Forwarding(interface.to_owned(), source))?;
     }
+    drop(lock);
     firewall::add(firewall, &pair.tap(), pair.guest())
 }
 

@@ -1,22 +1,30 @@
 //! What a plan needs to know of the host, and whether the files that it names can be used.
 
 use std::{
+    fmt,
     fs::{self, File},
-    io,
+    io::{self, Read as _, Seek as _, SeekFrom},
     net::Ipv4Addr,
+    os::unix::fs::FileTypeExt as _,
     path::{Path, PathBuf},
 };
+
+use nacre_proto::exit::RunExit;
 
 use crate::{image::beneath::Beneath, network, plan::SandboxConfig, size::ByteSize};
 
 /// The largest account file that is read, in bytes.
 const MAX_ACCOUNTS_BYTES: u64 = 1 << 20;
+/// What a disk's size is a multiple of, in bytes (virtio 1.3, section 5.2.4).
+const SECTOR_BYTES: u64 = 512;
 
 /// What a plan takes from the host.
 #[derive(Clone, Debug)]
 pub struct HostFacts {
     /// Memory and swap.
     pub memory_and_swap: ByteSize,
+    /// The physical address width of the processors, if the kernel tells.
+    pub address_bits: Option<u32>,
     /// The name servers that a guest can reach.
     pub nameservers: Vec<Ipv4Addr>,
     /// /etc/passwd of the container's root file system, or nothing.
@@ -25,43 +33,92 @@ pub struct HostFacts {
     pub group: String,
 }
 
+/// What a file or a folder is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Input {
+    /// The guest's kernel.
+    Kernel,
+    /// The guest's initial file system.
+    Initramfs,
+    /// The container's root file system.
+    RootFs,
+    /// A folder that is shared.
+    Volume,
+    /// A disk image or a block device.
+    Disk,
+    /// Where the host tells of its memory.
+    HostMemory,
+}
+
+impl fmt::Display for Input {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kernel => "kernel",
+            Self::Initramfs => "initramfs",
+            Self::RootFs => "root file system",
+            Self::Volume => "volume",
+            Self::Disk => "disk",
+            Self::HostMemory => "the host's memory",
+        })
+    }
+}
+
 /// A file that can't be used.
 #[derive(Debug, thiserror::Error)]
-pub enum InputError {
-    /// It can't be opened.
-    #[error("{what} {}", path.display())]
-    Unusable {
-        /// What it is for.
-        what: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// It has no content.
-    #[error("{what} {}: the file is empty", path.display())]
-    Empty {
-        /// What it is for.
-        what: &'static str,
-        /// The file.
-        path: PathBuf,
-    },
-    /// It is not a file.
-    #[error("{what} {}: not a file", path.display())]
-    NotFile {
-        /// What it is for.
-        what: &'static str,
-        /// The path.
-        path: PathBuf,
-    },
-    /// It is not a folder.
-    #[error("{what} {}: not a folder", path.display())]
-    NotFolder {
-        /// What it is for.
-        what: &'static str,
-        /// The path.
-        path: PathBuf,
-    },
+#[error("{what} {}{}", path.display(), complaint.words())]
+pub struct InputError {
+    what: Input,
+    path: PathBuf,
+    #[source]
+    source: Option<io::Error>,
+    complaint: Complaint,
+}
+
+/// What is wrong with a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Complaint {
+    /// The kernel's error says it.
+    Unusable,
+    Empty,
+    NotFile,
+    NotFolder,
+    NotDisk,
+    NotSectors,
+}
+
+impl Complaint {
+    fn words(self) -> &'static str {
+        match self {
+            Self::Unusable => "",
+            Self::Empty => ": the file is empty",
+            Self::NotFile => ": not a file",
+            Self::NotFolder => ": not a folder",
+            Self::NotDisk => ": neither a file nor a block device",
+            Self::NotSectors => ": its size is no multiple of 512 bytes",
+        }
+    }
+}
+
+impl InputError {
+    fn new(what: Input, path: &Path, complaint: Complaint) -> Self {
+        Self { what, path: path.to_owned(), source: None, complaint }
+    }
+
+    fn unusable(what: Input, path: &Path) -> impl Fn(io::Error) -> Self {
+        move |error| Self { source: Some(error), ..Self::new(what, path, Complaint::Unusable) }
+    }
+
+    /// The exit code of a command that fails by it.
+    #[must_use]
+    pub fn exit(&self) -> RunExit {
+        match self.what {
+            Input::Kernel | Input::Initramfs => RunExit::BootFile,
+            Input::RootFs => RunExit::RootFs,
+            Input::Volume => RunExit::Volume,
+            Input::Disk => RunExit::Disk,
+            Input::HostMemory => RunExit::Setup,
+        }
+    }
 }
 
 impl HostFacts {
@@ -72,16 +129,10 @@ impl HostFacts {
     /// Fails if /proc is not there or the root file system is no folder.
     pub fn gather(rootfs: &Path) -> Result<Self, InputError> {
         let meminfo = Path::new("/proc/meminfo");
-        let text = fs::read_to_string(meminfo).map_err(|source| InputError::Unusable {
-            what: "the host's memory",
-            path: meminfo.to_owned(),
-            source,
-        })?;
-        let root = Beneath::open(rootfs).map_err(|source| InputError::Unusable {
-            what: "root file system",
-            path: rootfs.to_owned(),
-            source,
-        })?;
+        let text = fs::read_to_string(meminfo);
+        let text = text.map_err(InputError::unusable(Input::HostMemory, meminfo))?;
+        let root = Beneath::open(rootfs);
+        let root = root.map_err(InputError::unusable(Input::RootFs, rootfs))?;
         let accounts = |path: &str| {
             let bytes = root.read(Path::new(path), MAX_ACCOUNTS_BYTES);
             let bytes = bytes.inspect_err(|error| log::debug!("the container's {path}: {error}"));
@@ -89,6 +140,7 @@ impl HostFacts {
         };
         Ok(Self {
             memory_and_swap: memory_and_swap(&text),
+            address_bits: address_bits(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
             nameservers: network::nameservers(),
             passwd: accounts("etc/passwd"),
             group: accounts("etc/group"),
@@ -105,56 +157,74 @@ fn memory_and_swap(meminfo: &str) -> ByteSize {
     ByteSize(kib.saturating_mul(1024))
 }
 
-/// Checks that every file and folder of `config` can be used, before anything is started.
+/// The line of /proc/cpuinfo is `address sizes   : 46 bits physical, 48 bits virtual`.
+fn address_bits(cpuinfo: &str) -> Option<u32> {
+    let line = cpuinfo.lines().find(|line| line.starts_with("address sizes"))?;
+    line.split_once(':')?.1.split_once("bits physical")?.0.trim().parse().ok()
+}
+
+/// Checks that every file and folder of `config` can be used, before anything is started: that it
+/// is there and of the right kind, and that its first byte, or its list of names, can be read.
 ///
 /// # Errors
 ///
 /// Fails with the first that can't.
 pub fn check(config: &SandboxConfig) -> Result<(), InputError> {
-    content("kernel", &config.kernel)?;
-    content("initramfs", &config.initramfs)?;
-    folder("root file system", &config.rootfs)?;
+    content(Input::Kernel, &config.kernel)?;
+    content(Input::Initramfs, &config.initramfs)?;
+    folder(Input::RootFs, &config.rootfs)?;
     for volume in &config.volumes {
-        folder("volume", &volume.host)?;
+        folder(Input::Volume, &volume.host)?;
     }
-    for disk in &config.disks {
-        let opened = if disk.read_only {
-            File::open(&disk.path)
-        } else {
-            File::options().read(true).write(true).open(&disk.path)
-        };
-        opened.map_err(|source| InputError::Unusable {
-            what: "disk",
-            path: disk.path.clone(),
-            source,
-        })?;
+    for given in &config.disks {
+        disk(&given.path, given.read_only)?;
     }
     Ok(())
 }
 
-fn content(what: &'static str, path: &Path) -> Result<(), InputError> {
-    let metadata = File::open(path)
-        .and_then(|file| file.metadata())
-        .map_err(|source| InputError::Unusable { what, path: path.to_owned(), source })?;
-    if !metadata.is_file() {
-        return Err(InputError::NotFile { what, path: path.to_owned() });
-    }
-    if metadata.len() == 0 {
-        return Err(InputError::Empty { what, path: path.to_owned() });
-    }
-    Ok(())
+/// Whether there is a first byte.
+fn has_content(mut file: &File) -> io::Result<bool> {
+    Ok(file.read(&mut [0])? > 0)
 }
 
-fn folder(what: &'static str, path: &Path) -> Result<(), InputError> {
-    let metadata = fs::metadata(path).map_err(|source| InputError::Unusable {
-        what,
-        path: path.to_owned(),
-        source,
-    })?;
-    if metadata.is_dir() {
+fn content(what: Input, path: &Path) -> Result<(), InputError> {
+    let failed = InputError::unusable(what, path);
+    if !fs::metadata(path).map_err(&failed)?.is_file() {
+        return Err(InputError::new(what, path, Complaint::NotFile));
+    }
+    let file = File::open(path).map_err(&failed)?;
+    if has_content(&file).map_err(&failed)? {
         Ok(())
     } else {
-        Err(InputError::NotFolder { what, path: path.to_owned() })
+        Err(InputError::new(what, path, Complaint::Empty))
+    }
+}
+
+fn folder(what: Input, path: &Path) -> Result<(), InputError> {
+    let failed = InputError::unusable(what, path);
+    if !fs::metadata(path).map_err(&failed)?.is_dir() {
+        return Err(InputError::new(what, path, Complaint::NotFolder));
+    }
+    let first = fs::read_dir(path).map_err(&failed)?.next();
+    first.transpose().map_err(&failed).map(drop)
+}
+
+fn disk(path: &Path, read_only: bool) -> Result<(), InputError> {
+    let failed = InputError::unusable(Input::Disk, path);
+    let kind = fs::metadata(path).map_err(&failed)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(InputError::new(Input::Disk, path, Complaint::NotDisk));
+    }
+    let mut file = File::options().read(true).write(!read_only).open(path).map_err(&failed)?;
+    if !has_content(&file).map_err(&failed)? {
+        return Err(InputError::new(Input::Disk, path, Complaint::Empty));
+    }
+    // The end of a block device is its size, though its metadata says 0.
+    let bytes = file.seek(SeekFrom::End(0)).map_err(&failed)?;
+    if bytes.is_multiple_of(SECTOR_BYTES) {
+        Ok(())
+    } else {
+        Err(InputError::new(Input::Disk, path, Complaint::NotSectors))
     }
 }
 
@@ -169,15 +239,45 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_missing_empty_or_none_is_told_apart() {
+    fn the_address_width_is_the_physical_one() {
+        let text = "flags\t: fpu\naddress sizes\t: 46 bits physical, 48 bits virtual\n";
+        assert_eq!(address_bits(text), Some(46));
+        assert_eq!(address_bits("address sizes\t: many\n"), None);
+        assert_eq!(address_bits(""), None);
+    }
+
+    fn complaint(result: Result<(), InputError>) -> Complaint {
+        result.unwrap_err().complaint
+    }
+
+    #[test]
+    fn a_file_that_is_missing_empty_unreadable_or_none_is_told_apart() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("kernel");
-        assert!(matches!(content("kernel", &file), Err(InputError::Unusable { .. })));
+        let kernel = |path: &Path| content(Input::Kernel, path);
+        assert_eq!(complaint(kernel(&file)), Complaint::Unusable);
         fs::write(&file, "").unwrap();
-        assert!(matches!(content("kernel", &file), Err(InputError::Empty { .. })));
-        assert!(matches!(content("kernel", folder.path()), Err(InputError::NotFile { .. })));
+        assert_eq!(complaint(kernel(&file)), Complaint::Empty);
+        assert_eq!(complaint(kernel(folder.path())), Complaint::NotFile);
+        // It opens, and nothing is mapped at address 0.
+        assert_eq!(complaint(kernel(Path::new("/proc/self/mem"))), Complaint::Unusable);
         fs::write(&file, "x").unwrap();
-        content("kernel", &file).unwrap();
-        assert!(matches!(super::folder("volume", &file), Err(InputError::NotFolder { .. })));
+        kernel(&file).unwrap();
+        assert_eq!(complaint(super::folder(Input::Volume, &file)), Complaint::NotFolder);
+    }
+
+    #[test]
+    fn a_disk_is_a_file_of_whole_sectors() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("disk");
+        assert_eq!(complaint(disk(&file, true)), Complaint::Unusable);
+        assert_eq!(complaint(disk(folder.path(), true)), Complaint::NotDisk);
+        assert_eq!(complaint(disk(Path::new("/dev/null"), true)), Complaint::NotDisk);
+        fs::write(&file, "").unwrap();
+        assert_eq!(complaint(disk(&file, true)), Complaint::Empty);
+        fs::write(&file, [7; 513]).unwrap();
+        assert_eq!(complaint(disk(&file, true)), Complaint::NotSectors);
+        fs::write(&file, [7; 1024]).unwrap();
+        disk(&file, false).unwrap();
     }
 }

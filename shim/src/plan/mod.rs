@@ -5,6 +5,7 @@
 //! (an overlay above `lower`, unless it is to be written), the volume number N at `volumes/N`. Disk
 //! number N has the serial `disk-N` and appears in the container as `/dev/disk-N`.
 
+mod error;
 pub mod inputs;
 pub mod process;
 pub mod spec;
@@ -14,7 +15,8 @@ use std::{net::Ipv4Addr, path::PathBuf};
 use nacre_proto::agent::{Device, Storage};
 use oci_spec::runtime::Spec;
 
-use crate::{cgroup::HostLimits, image::accounts::AccountError, name::SandboxName, size::ByteSize};
+use crate::{cgroup::HostLimits, name::SandboxName, size::ByteSize};
+pub use error::PlanError;
 use inputs::HostFacts;
 use process::ProcessConfig;
 
@@ -102,57 +104,6 @@ pub struct SandboxConfig {
     pub limits: ContainerLimits,
     /// Limits on the host.
     pub host_limits: HostLimits,
-}
-
-/// Why there can't be such a sandbox.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PlanError {
-    /// No processors.
-    #[error("a sandbox needs at least one CPU")]
-    NoCpus,
-    /// No memory.
-    #[error("a sandbox needs memory: --memory 0 was asked for")]
-    NoMemory,
-    /// More memory than there is.
-    #[error("memory of {asked} is more than the host's memory and swap, {available}")]
-    TooMuchMemory {
-        /// Asked for.
-        asked: ByteSize,
-        /// Memory and swap of the host.
-        available: ByteSize,
-    },
-    /// Nothing to run.
-    #[error("no command: none is given and the image names none")]
-    NoCommand,
-    /// A path that has to be absolute is not.
-    #[error("{what} `{}` is not an absolute path", path.display())]
-    NotAbsolute {
-        /// What it is for.
-        what: &'static str,
-        /// The path.
-        path: PathBuf,
-    },
-    /// A volume in the place of everything.
-    #[error("a volume can't be mounted on the container's `/`")]
-    VolumeOnRoot,
-    /// A variable without a name.
-    #[error("`{0}` is no environment variable: NAME=VALUE is expected")]
-    Environment(String),
-    /// A text with a byte that no argument can have.
-    #[error("{0} holds a NUL byte")]
-    Nul(&'static str),
-    /// A host name that the kernel refuses.
-    #[error("`{0}` is no host name: 1 to 64 letters, digits, `.`, `_` and `-` are expected")]
-    Hostname(String),
-    /// The command line is too long.
-    #[error("the kernel's command line has {0} bytes, at most {COMMAND_LINE_BYTES} are possible")]
-    CommandLine(usize),
-    /// An unknown user.
-    #[error(transparent)]
-    Account(#[from] AccountError),
-    /// The runtime specification is not one.
-    #[error("the runtime specification is malformed: {0}")]
-    Spec(String),
 }
 
 /// A device of the guest, and so one backend.
@@ -256,6 +207,13 @@ fn check_size(config: &SandboxConfig, facts: &HostFacts) -> Result<(), PlanError
     let asked = config.memory;
     match asked.0 {
         0 => Err(PlanError::NoMemory),
+        // A bound that needs no KVM; the VMM knows the guest's own width and how it is used.
+        bytes if facts.address_bits.is_some_and(|bits| bytes.checked_shr(bits) != Some(0)) => {
+            Err(PlanError::BeyondWidth {
+                asked,
+                address_bits: facts.address_bits.unwrap_or_default(),
+            })
+        }
         _ if asked > facts.memory_and_swap => {
             Err(PlanError::TooMuchMemory { asked, available: facts.memory_and_swap })
         }

@@ -26,6 +26,7 @@ pub(crate) fn config() -> SandboxConfig {
 pub(crate) fn facts() -> HostFacts {
     HostFacts {
         memory_and_swap: ByteSize(1 << 30),
+        address_bits: Some(40),
         nameservers: vec![Ipv4Addr::new(10, 0, 0, 2)],
         passwd: String::new(),
         group: String::new(),

@@ -10,15 +10,14 @@ use std::{
     io,
     os::unix::fs::DirBuilderExt,
     path::PathBuf,
+    time::Duration,
 };
 
-use rustix::{
-    fs::{FlockOperation, Mode, OFlags, flock},
-    process::{Signal, pidfd_send_signal},
-};
+use nacre_proto::exit::RunExit;
+use rustix::process::{Signal, pidfd_send_signal};
 
 use crate::{
-    cgroup,
+    cgroup, lock,
     name::SandboxName,
     network::{self, address},
     paths::SandboxFiles,
@@ -28,6 +27,9 @@ use crate::{
 mod registration;
 
 pub use registration::Registration;
+
+/// How long others may hold the lock. Generous: they run programs of the host while they do.
+const LOCKED_WITHIN: Duration = Duration::from_secs(120);
 
 /// Why the registry refuses.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +70,20 @@ pub enum RegistryError {
     /// All addresses are taken.
     #[error(transparent)]
     Address(#[from] address::NoneFree),
+}
+
+impl RegistryError {
+    /// The exit code of a command that fails by it.
+    #[must_use]
+    pub fn exit(&self) -> RunExit {
+        match self {
+            Self::InUse { .. } | Self::Unknown(_) | Self::Running(_) | Self::NotRunning { .. } => {
+                RunExit::Name
+            }
+            Self::Address(_) => RunExit::Network,
+            Self::Folder { .. } | Self::Record(_) => RunExit::Setup,
+        }
+    }
 }
 
 /// What became of a sandbox, judged by its record and its supervisor.
@@ -122,13 +138,8 @@ impl Registry {
     }
 
     fn lock(&self) -> Result<File, RegistryError> {
-        let locked = || -> io::Result<File> {
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let folder = rustix::fs::open(&self.root, flags, Mode::empty())?;
-            flock(&folder, FlockOperation::LockExclusive)?;
-            Ok(File::from(folder))
-        };
-        locked().map_err(|source| RegistryError::Folder { path: self.root.clone(), source })
+        lock::exclusive(&self.root, LOCKED_WITHIN, || Ok(()))
+            .map_err(|source| RegistryError::Folder { path: self.root.clone(), source })
     }
 
     /// Claims `record.name`. What a dead supervisor left under it is cleared away first.

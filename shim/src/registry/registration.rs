@@ -1,6 +1,9 @@
 //! A name that was claimed, and what its owner may do with it.
 
-use std::{fs, path::Path};
+use std::{
+    fs::{self, File},
+    path::Path,
+};
 
 use crate::{
     network::{self, address},
@@ -65,6 +68,16 @@ impl Registration {
         let pair = address::free_pair(&taken, &address::host_routes())?;
         self.update(|record| record.network = Some(pair.record()))?;
         Ok(pair)
+    }
+
+    /// Keeps every other sandbox of this registry from looking and acting, as long as the answer
+    /// lives.
+    ///
+    /// # Errors
+    ///
+    /// Fails if another one does not let go of the lock.
+    pub fn lock(&self) -> Result<File, RegistryError> {
+        self.registry.lock()
     }
 
     /// Whether another sandbox switched on forwarding of `uplink`.

@@ -32,7 +32,7 @@ impl VmUp {
     /// Fails if a process ends, or the guest boots for too long without a sign of progress.
     pub async fn connect_agent(mut self) -> Result<AgentUp, SandboxError> {
         let agent = self.reach_agent().await?;
-        self.base.timeline.mark("agent ready");
+        self.base.timeline.agent_ready(agent.began());
         fault::point(Step::Agent)?;
         let request = self.configuration()?;
         self.guarded(agent.configure(&request)).await?;

@@ -14,7 +14,7 @@ use crate::{
     record::{Phase, ProcessRecord, Record, VERSION},
     sandbox::{Running, SandboxError, Settings, host::HostResources},
     streams::{Ends, Streams},
-    timing::Timeline,
+    timing::{self, Timeline},
     vmm::Vmm,
 };
 
@@ -126,7 +126,7 @@ impl Claimed {
         let mut up = BackendsUp { backends, ends, host, base };
         fault::point(Step::BackendsSpawned)?;
         record_children(&mut up.host, up.backends.children())?;
-        up.backends.ready().await?;
+        up.backends.ready().await.map_err(SandboxError::BackendStart)?;
         up.base.timeline.mark("backends ready");
         fault::point(Step::BackendsReady)?;
         Ok(up)
@@ -161,7 +161,7 @@ impl BackendsUp {
         let Self { backends, ends, host, base } = self;
         let vmm = Vmm::start(&base.plan, base.surroundings(&host), ends)?;
         let mut up = VmUp { vmm, backends, host, base };
-        up.base.timeline.mark("VMM started");
+        up.base.timeline.mark(timing::VMM_START);
         record_children(&mut up.host, std::iter::once(up.vmm.child()))?;
         fault::point(Step::Vmm)?;
         Ok(up)
@@ -213,7 +213,7 @@ impl AgentUp {
             vm.guarded(agent.resize(&process, columns, rows)).await?;
         }
         vm.guarded(agent.start(&process)).await.map_err(|error| program_error(&vm, error))?;
-        vm.base.timeline.mark("program started");
+        vm.base.timeline.mark(timing::CONTAINER_STARTED);
         fault::point(Step::StartContainer)?;
         if let Some(registration) = &mut vm.host.registration {
             registration.update(|record| record.phase = Phase::Running)?;

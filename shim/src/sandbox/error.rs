@@ -34,6 +34,9 @@ pub enum SandboxError {
     /// A backend failed.
     #[error(transparent)]
     Backend(#[from] BackendError),
+    /// A backend failed before the VMM was there.
+    #[error(transparent)]
+    BackendStart(BackendError),
     /// The VMM can't be started.
     #[error(transparent)]
     Vmm(#[from] VmmError),
@@ -94,6 +97,7 @@ fn vmm_sentence(end: End, panic: Option<&str>, last_words: &Option<String>) -> S
         Some(VmmExit::BootFile) => "nacre-vmm can't use the kernel or the initramfs",
         Some(VmmExit::Memory) => "nacre-vmm can't have the guest's memory",
         Some(VmmExit::Kvm) => "nacre-vmm can't use KVM as asked",
+        Some(VmmExit::Cpus) => "nacre-vmm can't have that many CPUs",
         Some(VmmExit::Usage) => "nacre-vmm does not understand its command line",
         Some(VmmExit::Backend) => "nacre-vmm lost a backend",
         Some(VmmExit::Reset) => "the guest reset itself, which nobody asked for",
@@ -111,10 +115,19 @@ impl SandboxError {
     #[must_use]
     pub fn exit(&self) -> RunExit {
         match self {
-            Self::Backend(_) => RunExit::BackendDied,
-            Self::Vmm(VmmError::Child(_) | VmmError::Cgroup(_) | VmmError::Prepare { .. }) => {
-                RunExit::VmmDied
+            Self::Registry(error) => error.exit(),
+            Self::Network(_) => RunExit::Network,
+            Self::Cgroup(_)
+            | Self::Backend(BackendError::Cgroup(_))
+            | Self::Vmm(VmmError::Cgroup(_)) => RunExit::Limits,
+            Self::Backend(BackendError::Child(error)) | Self::Vmm(VmmError::Child(error))
+                if error.is_about_program() =>
+            {
+                RunExit::Program
             }
+            Self::BackendStart(_) => RunExit::BackendStart,
+            Self::Backend(_) => RunExit::BackendDied,
+            Self::Vmm(VmmError::Child(_) | VmmError::Prepare { .. }) => RunExit::VmmDied,
             Self::VmmEnded { end, panic, .. } => vmm_exit(*end, panic.is_some()),
             Self::AgentSilent { .. } | Self::Agent(AgentError::Lost { .. } | AgentError::Mute) => {
                 RunExit::AgentSilent
@@ -150,7 +163,11 @@ fn vmm_exit(end: End, panicked: bool) -> RunExit {
         Some(VmmExit::GuestPanic | VmmExit::GuestCrash) => RunExit::GuestPanic,
         Some(VmmExit::Reset | VmmExit::PowerOff) if panicked => RunExit::GuestPanic,
         Some(VmmExit::Reset | VmmExit::PowerOff) => RunExit::GuestLeft,
-        Some(VmmExit::Usage | VmmExit::BootFile | VmmExit::Memory | VmmExit::Kvm) => RunExit::Setup,
+        Some(VmmExit::Usage) => RunExit::Setup,
+        Some(VmmExit::BootFile) => RunExit::BootFile,
+        Some(VmmExit::Memory) => RunExit::Memory,
+        Some(VmmExit::Cpus) => RunExit::Cpus,
+        Some(VmmExit::Kvm) => RunExit::Kvm,
         Some(VmmExit::Backend) => RunExit::BackendDied,
         Some(VmmExit::Failed | VmmExit::Stopped) | None => RunExit::VmmDied,
     }
@@ -171,8 +188,10 @@ mod tests {
         assert_eq!(code(VmmExit::GuestPanic), RunExit::GuestPanic);
         assert_eq!(code(VmmExit::Reset), RunExit::GuestLeft);
         assert_eq!(code(VmmExit::PowerOff), RunExit::GuestLeft);
-        assert_eq!(code(VmmExit::Kvm), RunExit::Setup);
-        assert_eq!(code(VmmExit::Memory), RunExit::Setup);
+        assert_eq!(code(VmmExit::Kvm), RunExit::Kvm);
+        assert_eq!(code(VmmExit::Cpus), RunExit::Cpus);
+        assert_eq!(code(VmmExit::Memory), RunExit::Memory);
+        assert_eq!(code(VmmExit::BootFile), RunExit::BootFile);
         assert_eq!(code(VmmExit::Failed), RunExit::VmmDied);
         assert_eq!(code(VmmExit::Backend), RunExit::BackendDied);
         assert_eq!(ended(End::Signal(9)).exit(), RunExit::VmmDied);

@@ -84,11 +84,14 @@ impl Running {
         mut requests: mpsc::Receiver<Request>,
     ) -> Result<(Ended, HostResources), SandboxError> {
         if self.vm.base.settings.measure {
-            self.measure().await;
+            self.measure("until the container started").await;
         }
         let outcome = self.until_end(&mut requests).await?;
+        if self.vm.base.settings.measure {
+            self.measure("until the container ended").await;
+        }
         let Self { process, agent, streams, mut vm } = self;
-        vm.base.timeline.mark("program ended");
+        vm.base.timeline.mark("container ended");
         let code = match outcome {
             Outcome::GivenUp => KILLED,
             Outcome::Process(end) => {
@@ -157,23 +160,9 @@ impl Running {
         }
     }
 
-    async fn measure(&mut self) {
+    async fn measure(&mut self, until: &str) {
         match self.vm.vmm.status(STATUS_WITHIN).await {
-            Ok(status) => {
-                let timeline = &mut self.vm.base.timeline;
-                timeline.mark_at("VMM's main began", status.timing.started_ns);
-                timeline.mark_at("vCPUs ran first", status.timing.first_run_ns);
-                let exits = status.exits;
-                timeline.note(format!(
-                    "exits to user space: {} port reads, {} port writes, {} MMIO reads, {} MMIO \
-                     writes, {} others",
-                    exits.pio_reads,
-                    exits.pio_writes,
-                    exits.mmio_reads,
-                    exits.mmio_writes,
-                    exits.others
-                ));
-            }
+            Ok(status) => self.vm.base.timeline.take(&status, until),
             Err(error) => log::warn!("no figures from the VMM: {error}"),
         }
     }

@@ -53,17 +53,27 @@ fn a_missing_initramfs_is_named() -> Result<()> {
 
 #[test]
 fn no_memory_is_refused() -> Result<()> {
-    with_guest(&["--cpus", "1", "--memory", "0"], VmmExit::Memory, "memory")
+    with_guest(&["--memory", "0"], VmmExit::Memory, "a guest needs memory: --memory is 0")
 }
 
 #[test]
-fn more_memory_than_the_machine_has_is_refused() -> Result<()> {
-    with_guest(&["--cpus", "1", "--memory", "64T"], VmmExit::Memory, "memory")
+fn more_memory_than_the_host_or_than_a_guest_can_address_is_refused() -> Result<()> {
+    let info = rustix::system::sysinfo();
+    let host_bytes = u64::from(info.mem_unit) * (info.totalram + info.totalswap);
+    let too_much = ((host_bytes >> 21) + 1) << 21;
+    let tells = format!(
+        "no guest memory: --memory of {too_much} bytes is more than the host's memory and swap of \
+         {host_bytes} bytes"
+    );
+    with_guest(&["--memory", &too_much.to_string()], VmmExit::Memory, &tells)?;
+    // 2 to the 46th, which no guest is given more of.
+    let tells = "bytes that a guest with ";
+    with_guest(&["--memory", "64T"], VmmExit::Memory, tells)
 }
 
 #[test]
 fn more_processors_than_kvm_allows_are_refused() -> Result<()> {
-    with_guest(&["--cpus", "60000", "--memory", "64M"], VmmExit::Kvm, "60000")
+    with_guest(&["--cpus", "60000"], VmmExit::Cpus, "--cpus 60000 is more than the ")
 }
 
 #[test]

@@ -2,12 +2,10 @@
 
 use std::fs;
 use std::process::Command;
-use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use nacre_tests::artifacts;
 use nacre_tests::nacre::User;
-use nacre_tests::packet;
 
 #[test]
 fn a_disk_is_written_and_verified_by_fio() -> Result<()> {
@@ -95,49 +93,4 @@ fn a_guest_with_four_processors_and_more_memory_has_them() -> Result<()> {
         lines.next().and_then(|line| line.split(' ').next()).context("memory")?.parse()?;
     ensure!((600 << 10..768 << 10).contains(&kib), "{kib} KiB");
     Ok(())
-}
-
-/// A network namespace that is this thread's way out, with no way back to a sandbox's addresses.
-struct Outside;
-
-impl Outside {
-    fn new() -> Result<Self> {
-        packet::own_namespace()?;
-        let outside = Self;
-        for line in [
-            "netns add nacre-outside",
-            "link set lo up",
-            "link add uplink type veth peer name out netns nacre-outside",
-            "addr add 192.0.2.1/24 dev uplink",
-            "link set uplink up",
-            "route add default via 192.0.2.2",
-            "-n nacre-outside addr add 192.0.2.2/24 dev out",
-            "-n nacre-outside link set out up",
-        ] {
-            let status = Command::new("ip").args(line.split(' ')).status()?;
-            ensure!(status.success(), "ip {line}");
-        }
-        Ok(outside)
-    }
-}
-
-impl Drop for Outside {
-    fn drop(&mut self) {
-        // The pair of interfaces goes with the namespace.
-        drop(Command::new("ip").args(["netns", "delete", "nacre-outside"]).status());
-    }
-}
-
-fn ping_through_nat() -> Result<()> {
-    let _outside = Outside::new()?;
-    let answer = User::new()?.run(&["--net"], &["ping", "-c", "2", "-W", "20", "192.0.2.2"])?;
-    let answer = answer.code(0)?;
-    ensure!(answer.out.contains("2 packets received"), "{answer:?}");
-    Ok(())
-}
-
-#[test]
-fn a_guest_reaches_beyond_its_host_by_nat() -> Result<()> {
-    // The sandbox's processes are born into the namespace of the thread that starts them.
-    thread::spawn(ping_through_nat).join().expect("the test does not panic")
 }

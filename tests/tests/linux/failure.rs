@@ -1,7 +1,6 @@
-//! Bad input and failure at every step: one clear line, a code, and nothing left behind.
+//! Failure at every step and in every part: one clear line, a code, and nothing left behind.
 
 use std::fs;
-use std::os::unix::fs::symlink;
 
 use anyhow::{Context, Result, ensure};
 use nacre_proto::exit::RunExit;
@@ -9,94 +8,6 @@ use nacre_tests::artifacts;
 use nacre_tests::leftovers::Leftovers;
 use nacre_tests::nacre::{Answer, CREATE_STEPS, EATER, User, finish};
 use nacre_tests::process::{Process, kill_child_of};
-
-fn setup_fails(options: &[&str], tells: &str) -> Result<()> {
-    let user = User::new()?;
-    let before = Leftovers::now(user.state())?;
-    let answer = user.run(options, &["true"])?.code(i32::from(u8::from(RunExit::Setup)))?;
-    let told = answer.tells(tells)?;
-    let errors = told.said.lines().filter(|line| line.contains(tells)).count();
-    ensure!(errors == 1, "one clear line: {told:#?}");
-    before.and_nothing_more(user.state())
-}
-
-#[test]
-fn a_missing_kernel_is_named() -> Result<()> {
-    setup_fails(&["--kernel", "/no/kernel"], "/no/kernel")
-}
-
-#[test]
-fn an_empty_kernel_is_named() -> Result<()> {
-    let empty = tempfile::NamedTempFile::new()?;
-    let path = empty.path().display().to_string();
-    setup_fails(&["--kernel", &path], &path)
-}
-
-#[test]
-fn a_missing_root_file_system_is_named() -> Result<()> {
-    setup_fails(&["--rootfs", "/no/rootfs"], "/no/rootfs")
-}
-
-#[test]
-fn a_missing_disk_is_named() -> Result<()> {
-    setup_fails(&["--disk", "/no/disk"], "/no/disk")
-}
-
-#[test]
-fn a_missing_volume_is_named() -> Result<()> {
-    setup_fails(&["-v", "/no/folder:/data"], "/no/folder")
-}
-
-#[test]
-fn memory_of_nothing_or_too_much_is_refused() -> Result<()> {
-    setup_fails(&["--memory", "0"], "memory")?;
-    setup_fails(&["--memory", "900T"], "memory")
-}
-
-#[test]
-fn more_processors_than_kvm_allows_are_refused() -> Result<()> {
-    setup_fails(&["--cpus", "60000"], "60000")
-}
-
-#[test]
-fn a_missing_backend_program_is_named() -> Result<()> {
-    let user = User::new()?;
-    let before = Leftovers::now(user.state())?;
-    let empty = tempfile::tempdir()?;
-    let dir = empty.path().display().to_string();
-    let answer = user.run(&["--bin-dir", &dir], &["true"])?;
-    ensure!(answer.code != Some(0), "{answer:?}");
-    answer.tells(&dir)?;
-    before.and_nothing_more(user.state())
-}
-
-#[test]
-fn a_backend_that_exits_at_once_is_named() -> Result<()> {
-    let user = User::new()?;
-    let before = Leftovers::now(user.state())?;
-    let bin = tempfile::tempdir()?;
-    let real = artifacts::bin_dir()?;
-    for name in ["nacre-vmm", "nacre-blk", "nacre-net", "nacre-vsock"] {
-        symlink(real.join(name), bin.path().join(name))?;
-    }
-    symlink("/bin/false", bin.path().join("nacre-fs"))?;
-    let dir = bin.path().display().to_string();
-    let answer = user.run(&["--bin-dir", &dir], &["true"])?;
-    ensure!(answer.code != Some(0), "{answer:?}");
-    answer.tells("nacre-fs")?;
-    before.and_nothing_more(user.state())
-}
-
-#[test]
-fn an_agent_that_never_answers_has_its_own_code() -> Result<()> {
-    let user = User::new()?;
-    let before = Leftovers::now(user.state())?;
-    // Its init finds no share called `job` and sleeps.
-    let silent = artifacts::shell_initramfs()?.display().to_string();
-    let answer = user.run(&["--initramfs", &silent, "--agent-timeout", "20"], &["true"])?;
-    answer.code(i32::from(u8::from(RunExit::AgentSilent)))?.tells("agent")?;
-    before.and_nothing_more(user.state())
-}
 
 #[test]
 fn a_guest_panic_has_its_own_code() -> Result<()> {

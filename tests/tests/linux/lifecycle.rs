@@ -40,8 +40,8 @@ fn two_sandboxes_run_at_once_and_each_can_be_entered() -> Result<()> {
 fn a_name_in_use_is_refused_and_an_unknown_one_told() -> Result<()> {
     let user = User::new()?;
     user.run(&["--name", "same", "--detach"], &["sleep", "1000"])?.code(0)?;
-    user.run(&["--name", "same", "--detach"], &["sleep", "1000"])?.code(125)?.tells("same")?;
-    user.nacre(&["exec", "other", "true"])?.code(125)?.tells("other")?;
+    user.run(&["--name", "same", "--detach"], &["sleep", "1000"])?.code(107)?.tells("same")?;
+    user.nacre(&["exec", "other", "true"])?.code(107)?.tells("other")?;
     user.nacre(&["rm", "-f", "same"])?.code(0)?;
     Ok(())
 }

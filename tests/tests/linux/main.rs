@@ -1,5 +1,6 @@
 //! Real Linux guests on a host with full KVM: `nacre` as a user types it.
 
+mod bad_input;
 mod container;
 mod devices;
 mod ending;
@@ -8,3 +9,5 @@ mod image;
 mod jail;
 mod lifecycle;
 mod machine;
+mod network;
+mod timing;

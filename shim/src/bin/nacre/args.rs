@@ -112,7 +112,7 @@ pub(crate) struct Run {
     #[arg(long)]
     pub(crate) timing: bool,
     /// The program and its arguments; an image may have its own.
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    #[arg(trailing_var_arg = true, value_name = "COMMAND")]
     pub(crate) command: Vec<String>,
 }
 
@@ -150,12 +150,7 @@ pub(crate) struct Exec {
     /// Which sandbox.
     pub(crate) name: SandboxName,
     /// The program and its arguments.
-    #[arg(
-        trailing_var_arg = true,
-        allow_hyphen_values = true,
-        required = true,
-        value_name = "COMMAND"
-    )]
+    #[arg(trailing_var_arg = true, required = true, value_name = "COMMAND")]
     pub(crate) command: Vec<String>,
 }
 
@@ -210,6 +205,9 @@ mod tests {
         let Command::Run(run) = args.command else { panic!("not run") };
         assert_eq!(run.command, ["ls", "-l", "--net"]);
         assert!(run.process.interactive && !run.net);
+        let args = parsed("nacre run --rootfs /r ls -l --net -- x").unwrap();
+        let Command::Run(run) = args.command else { panic!("not run") };
+        assert_eq!(run.command, ["ls", "-l", "--net", "--", "x"]);
         let args = parsed("nacre exec -it web sh -c ls").unwrap();
         let Command::Exec(exec) = args.command else { panic!("not exec") };
         assert_eq!(exec.command, ["sh", "-c", "ls"]);
@@ -224,7 +222,9 @@ mod tests {
             "nacre run --rootfs /r --detach -t",
             "nacre run --rootfs /r --name ../x",
             "nacre run --rootfs /r --memory 1Q",
+            "nacre run --rootfs /r --no-such-option ls",
             "nacre exec web",
+            "nacre exec web --no-such-option ls",
         ] {
             assert!(parsed(line).is_err(), "{line}");
         }

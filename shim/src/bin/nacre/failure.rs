@@ -6,7 +6,14 @@ use std::{
 };
 
 use nacre_proto::exit::RunExit;
-use shim::sandbox::SandboxError;
+use shim::{
+    image::ImageError,
+    plan::{PlanError, inputs::InputError},
+    registry::RegistryError,
+    sandbox::{SandboxError, StopError},
+};
+
+use crate::{permission::NotPermitted, prepare::Malformed};
 
 /// Why a command failed.
 #[derive(Debug)]
@@ -60,9 +67,31 @@ impl Failure {
     }
 }
 
-impl<E: Error> From<E> for Failure {
+impl<E: Error + 'static> From<E> for Failure {
     fn from(error: E) -> Self {
-        Self { code: RunExit::Setup.into(), line: chain(&error), details: None }
+        Self { code: exit(&error).into(), line: chain(&error), details: None }
+    }
+}
+
+/// The code of an error that knows what was wrong with the input; of any other, that of a set-up
+/// that failed.
+fn exit(error: &(dyn Error + 'static)) -> RunExit {
+    if let Some(error) = error.downcast_ref::<InputError>() {
+        error.exit()
+    } else if let Some(error) = error.downcast_ref::<PlanError>() {
+        error.exit()
+    } else if let Some(error) = error.downcast_ref::<ImageError>() {
+        error.exit()
+    } else if let Some(error) = error.downcast_ref::<RegistryError>() {
+        error.exit()
+    } else if let Some(StopError::Registry(error)) = error.downcast_ref() {
+        error.exit()
+    } else if error.is::<Malformed>() {
+        RunExit::Usage
+    } else if error.is::<NotPermitted>() {
+        RunExit::NotPermitted
+    } else {
+        RunExit::Setup
     }
 }
 

@@ -6,6 +6,7 @@ mod exec;
 mod failure;
 mod logger;
 mod logs;
+mod permission;
 mod prepare;
 mod ps;
 mod run;
@@ -29,7 +30,7 @@ fn main() -> ExitCode {
             if error.print().is_err() || is_help {
                 return ExitCode::SUCCESS;
             }
-            return ExitCode::from(u8::from(RunExit::Setup));
+            return ExitCode::from(u8::from(RunExit::Usage));
         }
     };
     logger::init(args.log_level);

@@ -25,6 +25,7 @@ use crate::{
     args::Run,
     daemon::{self, Report, Side},
     failure::{Failure, of_sandbox},
+    permission,
     prepare::Request,
     runtime,
     signals::{self, Requests},
@@ -33,6 +34,7 @@ use crate::{
 
 /// Runs it; answers the container's exit code.
 pub(crate) fn run(args: Run, log_level: LevelFilter) -> Result<u8, Failure> {
+    permission::check(&args)?;
     // Shared with the thread that plans.
     let request = Arc::new(Request::new(args)?);
     if !request.run.detach {
