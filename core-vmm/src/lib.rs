@@ -10,6 +10,7 @@ use nacre_proto::exit::VmmExit;
 pub mod acpi;
 pub mod args;
 pub mod boot;
+pub mod bug;
 pub mod bus;
 pub mod command;
 pub mod config;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use clap::{Parser, error::ErrorKind};
-use core_vmm::{args::Args, error_chain, logger, run};
+use core_vmm::{args::Args, bug, error_chain, logger, run};
 use nacre_proto::exit::VmmExit;
 
 fn main() -> ExitCode {
@@ -25,6 +25,7 @@ fn end() -> VmmExit {
         }
     };
     logger::start(args.log_level());
+    bug::ends_the_process();
     let config = match args.into_config() {
         Ok(config) => config,
         Err(error) => {

@@ -6,6 +6,7 @@
 //! about: routes, irqfds and ioeventfds.
 
 use std::mem::size_of;
+use std::process;
 
 use kvm_bindings as kvm;
 use libc::c_long;
@@ -93,7 +94,7 @@ const EVERY_THREAD: [c_long; 22] = [
 ];
 
 /// The control thread's own: its loop, its sockets, the files it loads again after a reset.
-const CONTROL_THREAD: [c_long; 13] = [
+const CONTROL_THREAD: [c_long; 12] = [
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_wait,
@@ -105,16 +106,24 @@ const CONTROL_THREAD: [c_long; 13] = [
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_sendto,
-    libc::SYS_tgkill,
     libc::SYS_writev,
 ];
 
 type Rules = Vec<(c_long, Vec<SeccompRule>)>;
 
+fn argument_is(index: u8, value: u64) -> Result<SeccompRule, BackendError> {
+    let (length, equal) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
+    SeccompRule::new(vec![SeccompCondition::new(index, length, equal, value)?])
+}
+
 /// The request of an ioctl, the command of a fcntl.
 fn second_argument_is(value: u64) -> Result<SeccompRule, BackendError> {
-    let (length, equal) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
-    SeccompRule::new(vec![SeccompCondition::new(1, length, equal, value)?])
+    argument_is(1, value)
+}
+
+/// Signals may be sent to this process's own threads.
+fn own_threads() -> Result<Rules, BackendError> {
+    Ok(vec![(libc::SYS_tgkill, vec![argument_is(0, process::id().into())?])])
 }
 
 /// Memory may be mapped, but never to execute it.
@@ -128,8 +137,10 @@ fn compile(
     calls: &[&[c_long]],
     fcntls: &[u64],
     ioctls: &[&[u64]],
+    more: Rules,
 ) -> Result<BpfProgram, SeccompError> {
     let mut rules: Rules = calls.concat().into_iter().map(|call| (call, Vec::new())).collect();
+    rules.extend(more);
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
         rules.push((call, vec![not_executable()?]));
     }
@@ -153,7 +164,7 @@ fn compile(
 ///
 /// Fails if the list is malformed.
 pub fn vcpu_filter() -> Result<BpfProgram, SeccompError> {
-    compile(&[&EVERY_THREAD], &[F_GETFD], &[&[KVM_RUN], &VCPU_STATE, &VM_WIRING])
+    compile(&[&EVERY_THREAD], &[F_GETFD], &[&[KVM_RUN], &VCPU_STATE, &VM_WIRING], Vec::new())
 }
 
 /// The control thread's filter.
@@ -167,11 +178,8 @@ pub fn control_filter() -> Result<BpfProgram, SeccompError> {
     // A new backend's socket.
     let socket = [libc::FIONBIO];
     let fcntls = [F_GETFD, F_DUPFD_CLOEXEC];
-    compile(
-        &[&EVERY_THREAD, &CONTROL_THREAD],
-        &fcntls,
-        &[&VM_WIRING, &VM_STATE, &terminal, &socket],
-    )
+    let ioctls: [&[u64]; 4] = [&VM_WIRING, &VM_STATE, &terminal, &socket];
+    compile(&[&EVERY_THREAD, &CONTROL_THREAD], &fcntls, &ioctls, own_threads()?)
 }
 
 /// The filter of the thread that ends conversations with backends.
@@ -180,7 +188,7 @@ pub fn control_filter() -> Result<BpfProgram, SeccompError> {
 ///
 /// Fails if the list is malformed.
 pub fn watchdog_filter() -> Result<BpfProgram, SeccompError> {
-    compile(&[&EVERY_THREAD, &[libc::SYS_shutdown]], &[F_GETFD], &[])
+    compile(&[&EVERY_THREAD, &[libc::SYS_shutdown]], &[F_GETFD], &[], Vec::new())
 }
 
 #[cfg(test)]

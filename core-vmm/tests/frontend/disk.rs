@@ -4,10 +4,13 @@ use std::fs::File;
 use std::path::Path;
 
 use core_vmm::virtio::{DeviceConfig, DeviceKind};
+use nacre_proto::vmm::DeviceState;
 
+use crate::cut::Cut;
 use crate::guest::Guest;
-use crate::negotiate;
+
 use crate::program::{Program, built};
+use crate::{NEEDS_RESET, negotiate};
 
 const BLOCK: DeviceKind = DeviceKind(2);
 const SECTOR_BYTES: usize = 512;
@@ -110,4 +113,53 @@ fn a_disk_of_qemus_is_used_reset_killed_and_replaced() {
 #[test]
 fn a_disk_of_ours_is_used_reset_killed_and_replaced() {
     nacre_blk().into_iter().for_each(|disk| use_and_replace(disk, true));
+}
+
+/// A backend dies after each message of the replay in turn, and a good one comes after it.
+#[test]
+fn a_disk_that_dies_at_any_message_of_its_start_loses_nothing() {
+    let Some(mut program) = nacre_blk() else { return };
+    let backend = negotiate(DeviceConfig::new("disk", BLOCK), &program.socket).unwrap();
+    let mut guest = Guest::new(backend);
+    guest.bring_up();
+    request(&mut guest, WRITE, 9, &[0xff; SECTOR_BYTES]);
+    for messages in 0.. {
+        let round = u8::try_from(messages).unwrap();
+        program.kill();
+        guest.run_until("it is noticed", |guest| !guest.device.is_alive());
+        submit(&mut guest, WRITE, 9, &[round; SECTOR_BYTES]);
+        program.restart();
+        let cut = Cut::after(messages, &program.socket);
+        let outcome = guest.reconnect(&cut.frontend);
+        assert_eq!(guest.status(), 15);
+        if outcome.is_ok() {
+            // It was cut off later than the last message, if at all.
+            assert!(messages > 15, "{messages} messages can't be all of them");
+            break;
+        }
+        assert_eq!(guest.device.status().state, DeviceState::Lost);
+        program.kill();
+        program.restart();
+        guest.reconnect(&program.socket).unwrap();
+        await_answer(&mut guest, 2);
+        assert_eq!(request(&mut guest, READ, 9, &[]), [round; SECTOR_BYTES]);
+    }
+}
+
+#[test]
+fn a_ring_that_the_driver_broke_is_mended_by_a_reset_and_keeps_its_backend() {
+    let Some(program) = nacre_blk() else { return };
+    let backend = negotiate(DeviceConfig::new("disk", BLOCK), &program.socket).unwrap();
+    let mut guest = Guest::new(backend);
+    for round in 1..=3_u8 {
+        guest.bring_up();
+        request(&mut guest, WRITE, 7, &[round; SECTOR_BYTES]);
+        guest.break_ring(0);
+        guest.run_until("the driver is told", |guest| guest.status() == 15 | NEEDS_RESET);
+        assert_eq!(guest.device.status().state, DeviceState::NeedsReset);
+        assert!(guest.device.is_alive() && guest.is_quiet());
+    }
+    guest.bring_up();
+    assert_eq!(request(&mut guest, READ, 7, &[]), [3; SECTOR_BYTES]);
+    assert!(guest.device.take_loss().is_none());
 }

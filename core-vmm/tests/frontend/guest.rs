@@ -263,6 +263,13 @@ impl Guest {
         self.write(NOTIFY + 4 * u64::from(queue), 2, queue.into());
     }
 
+    /// Says that there are more requests than a ring has room for, and kicks.
+    pub(crate) fn break_ring(&self, queue: u16) {
+        let index = self.made[usize::from(queue)].wrapping_add(0x4000);
+        self.memory.write_obj(index, GuestAddress(part(queue, 0x1000 + 2))).unwrap();
+        self.write(NOTIFY + 4 * u64::from(queue), 2, queue.into());
+    }
+
     /// Makes one request of two equal parts and kicks.
     pub(crate) fn submit(&mut self, queue: u16, text: &[u8]) {
         self.submit_parts(queue, &[text], &[text.len()]);

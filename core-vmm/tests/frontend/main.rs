@@ -6,6 +6,7 @@
     reason = "a test fails by panicking, in its parts too, and says why it is skipped"
 )]
 
+mod cut;
 mod disk;
 mod echo;
 mod guest;
