@@ -7,11 +7,13 @@
 use std::{
     io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
+    time::sleep,
 };
 
 /// The longest answer, in bytes.
@@ -31,27 +33,51 @@ pub enum ConnectError {
     /// Nobody listens on the port yet, or the backend is gone.
     #[error("nobody answers on the guest's vsock port {0}")]
     Refused(u32),
+    /// The backend ended, or hung up without having read what it was asked.
+    #[error("the vsock backend breaks connections off")]
+    BrokenOff(#[source] io::Error),
     /// The backend does not speak the protocol.
     #[error("the vsock backend's answer is malformed")]
     Malformed,
 }
 
+/// How often a connection that breaks off before its answer is asked for again.
+const ATTEMPTS: usize = 5;
+/// How long it is waited for the backend's successor in between.
+const BETWEEN: Duration = Duration::from_millis(20);
+
 /// Connects to `port` of the guest behind `socket`.
+///
+/// A backend that dies in the moment in which it takes a connection can't leave it to its successor:
+/// the connection breaks off, which is not how a guest refuses, and is asked for again.
 ///
 /// # Errors
 ///
 /// Fails if nobody listens there; trying again is up to the caller.
 pub async fn connect(socket: &Path, port: u32) -> Result<UnixStream, ConnectError> {
+    for _attempt in 1..ATTEMPTS {
+        match ask(socket, port).await {
+            Err(ConnectError::BrokenOff(_)) => sleep(BETWEEN).await,
+            other => return other,
+        }
+    }
+    ask(socket, port).await
+}
+
+async fn ask(socket: &Path, port: u32) -> Result<UnixStream, ConnectError> {
     let failed = |source| ConnectError::Socket { path: socket.to_owned(), source };
     let mut stream = UnixStream::connect(socket).await.map_err(failed)?;
     let asked = stream.write_all(format!("CONNECT {port}\n").as_bytes()).await;
-    asked.map_err(|_closed| ConnectError::Refused(port))?;
+    asked.map_err(ConnectError::BrokenOff)?;
     let mut answer = Vec::new();
     while answer.last() != Some(&b'\n') {
         if answer.len() >= MAX_ANSWER_BYTES {
             return Err(ConnectError::Malformed);
         }
-        let byte = stream.read_u8().await.map_err(|_closed| ConnectError::Refused(port))?;
+        let byte = stream.read_u8().await.map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => ConnectError::Refused(port),
+            _ => ConnectError::BrokenOff(error),
+        })?;
         answer.push(byte);
     }
     if answer.starts_with(b"OK ") { Ok(stream) } else { Err(ConnectError::Malformed) }
@@ -96,5 +122,31 @@ mod tests {
         assert!(matches!(endless, Err(ConnectError::Malformed)));
         let missing = connect(Path::new("/nonexistent/vsock"), 1).await;
         assert!(matches!(missing, Err(ConnectError::Socket { .. })));
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_breaks_off_before_its_answer_is_asked_for_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vsock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let backend = async {
+            for _death in 1..ATTEMPTS {
+                let (stream, _) = listener.accept().await.unwrap();
+                // Unread bytes make it a reset.
+                stream.readable().await.unwrap();
+            }
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.write_all(b"OK 1\n").await.unwrap();
+            stream
+        };
+        let (connected, _stream) = tokio::join!(connect(&path, 1), backend);
+        connected.unwrap();
+        let backend = async {
+            for _death in 0..ATTEMPTS {
+                drop(listener.accept().await.unwrap());
+            }
+        };
+        let (connected, ()) = tokio::join!(connect(&path, 1), backend);
+        assert!(matches!(connected, Err(ConnectError::BrokenOff(_))));
     }
 }
