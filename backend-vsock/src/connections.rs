@@ -253,3 +253,6 @@ fn limit(segments: impl Iterator<Item = Segment>, len: usize) -> Vec<Segment> {
     });
     cut.collect()
 }
+
+#[cfg(test)]
+mod tests;

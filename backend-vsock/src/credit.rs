@@ -60,17 +60,22 @@ impl Credit {
     ///
     /// Fails if they exceed what the guest was allowed; nothing is noted then.
     pub fn receive(&mut self, len_bytes: u32) -> Result<(), Overrun> {
-        let held = (self.received - self.forwarded).0;
-        if len_bytes > BUFFER_BYTES.saturating_sub(held) {
+        if len_bytes > BUFFER_BYTES.saturating_sub(self.held()) {
             return Err(Overrun);
         }
         self.received += len_bytes;
         Ok(())
     }
 
+    /// How many bytes of the guest are in our buffer.
+    #[must_use]
+    pub fn held(&self) -> u32 {
+        (self.received - self.forwarded).0
+    }
+
     /// Takes note of bytes that left our buffer.
     pub fn forward(&mut self, len_bytes: u32) {
-        debug_assert!(len_bytes <= (self.received - self.forwarded).0, "forwarded what never came");
+        debug_assert!(len_bytes <= self.held(), "forwarded what never came");
         self.forwarded += len_bytes;
     }
 

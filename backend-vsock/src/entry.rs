@@ -67,11 +67,15 @@ impl Entry {
         let machine = Connection::from_bits(low(state), Credit::from_words(credit))?;
         let line: Vec<u8> = [l0, l1, l2, l3].into_iter().flat_map(u64::to_le_bytes).collect();
         let line = Line::restore(line.get(..usize::try_from(low(lengths)).ok()?)?)?;
+        let outbox = Outbox::restore(high(place), low(place), high(lengths))?;
+        if machine.credit.held() != low(place) - high(lengths) {
+            return None;
+        }
         let entry = Self {
             machine,
             ports: (bits & NAMED != 0).then(|| Ports { host: high(ports), guest: low(ports) }),
             socket: None,
-            outbox: Outbox::restore(high(place), low(place), high(lengths))?,
+            outbox,
             line,
             readable: true,
             place: Place { slot, generation },

@@ -44,7 +44,7 @@ pub enum Origin {
 const KIND: u32 = 56;
 const SLOT_BITS: u32 = 16;
 /// No process lives long enough to make as many connections.
-const GENERATION: u64 = (1 << (KIND - SLOT_BITS)) - 1;
+pub(crate) const GENERATION_MAX: u64 = (1 << (KIND - SLOT_BITS)) - 1;
 
 impl Key {
     /// As the store knows it.
@@ -59,7 +59,7 @@ impl Key {
                     Origin::Program => 1,
                     Origin::Guest => 2,
                 };
-                kind << KIND | (generation & GENERATION) << SLOT_BITS | (slot as u64 & 0xffff)
+                kind << KIND | (generation & GENERATION_MAX) << SLOT_BITS | (slot as u64 & 0xffff)
             }
         }
     }
@@ -76,7 +76,7 @@ impl Key {
             _ => return None,
         };
         let slot = usize::try_from(key & 0xffff).ok()?;
-        Some(Self::Connection { slot, generation: key >> SLOT_BITS & GENERATION, from })
+        Some(Self::Connection { slot, generation: key >> SLOT_BITS & GENERATION_MAX, from })
     }
 }
 
@@ -143,7 +143,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_key_names_what_it_was_made_of(slot in 0_usize..1024, generation in 0..GENERATION, guest: bool) {
+        fn a_key_names_what_it_was_made_of(slot in 0_usize..1024, generation in 0..GENERATION_MAX, guest: bool) {
             let from = if guest { Origin::Guest } else { Origin::Program };
             let key = Key::Connection { slot, generation, from };
             prop_assert_eq!(Key::decode(key.encode()), Some(key));

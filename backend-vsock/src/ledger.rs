@@ -31,6 +31,7 @@ use vm_memory::{Bytes, VolatileSlice};
 
 use crate::credit::BUFFER_BYTES;
 use crate::death;
+use crate::keep::GENERATION_MAX;
 use crate::packet::Cid;
 use crate::sys;
 use crate::table::CONNECTIONS_MAX;
@@ -205,6 +206,9 @@ impl Ledger {
         if ledger.get(Word::Cid) != cid.0 {
             return Err(LedgerError::OtherGuest(ledger.get(Word::Cid)));
         }
+        if ledger.get(Word::Generation) > GENERATION_MAX {
+            return Err(LedgerError::Nonsense("there were too many connections"));
+        }
         ledger.check_resets()?;
         Ok(ledger)
     }
@@ -375,4 +379,4 @@ fn memory() -> io::Result<File> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

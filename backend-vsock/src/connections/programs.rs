@@ -124,7 +124,7 @@ impl Connections {
     }
 
     /// Reads on in the program's first line, and not a byte beyond it.
-    fn read_line(&mut self, slot: usize) -> Result<(), DeviceError> {
+    pub(super) fn read_line(&mut self, slot: usize) -> Result<(), DeviceError> {
         let mut bytes = [0; LINE_BYTES];
         loop {
             let Some(entry) = self.table.get(slot) else { return Ok(()) };

@@ -37,6 +37,7 @@ impl Connections {
         &mut self,
         mut held: BTreeMap<u64, OwnedFd>,
     ) -> Result<(), TakeOverError> {
+        let newest = self.ledger.get(Word::Generation);
         let mut entries = Vec::new();
         for slot in 0..CONNECTIONS_MAX {
             let record = *self.ledger.record(slot);
@@ -44,6 +45,7 @@ impl Connections {
                 continue;
             }
             let (mut entry, had_socket) = Entry::restore(slot, &record)
+                .filter(|(entry, _had_socket)| entry.place().generation <= newest)
                 .ok_or(LedgerError::Nonsense("a connection's record"))?;
             if had_socket {
                 let kept = held.remove(&entry.key().encode()).map(UnixStream::from);
@@ -54,7 +56,7 @@ impl Connections {
             entries.push(entry);
         }
         let next_host_port = u32::try_from(self.ledger.get(Word::NextHostPort)).unwrap_or(0);
-        self.table.restore(entries, self.ledger.get(Word::Generation), next_host_port);
+        self.table.restore(entries, newest, next_host_port);
         self.ledger.set_part(Word::Taking, None);
         self.ledger.commit();
         self.finish_sending().map_err(TakeOverError::Host)?;

@@ -7,8 +7,19 @@ use crate::packet::{Header, Op, TYPE_STREAM};
 
 const CID: Cid = Cid(52);
 
-fn fresh() -> State {
+pub(crate) fn fresh() -> State {
     State::map(memory().unwrap()).unwrap()
+}
+
+/// Puts a value where the header, the log, a reset or the first records are.
+pub(crate) fn scribble(state: &State, at: prop::sample::Index, value: u64) {
+    let records = RECORDS / 8 + 8 * RECORD_STRIDE / 8;
+    let at = match at.index(2 * records) {
+        at if at < records => 8 * at,
+        // Where it hurts more often.
+        at => 8 * (at % (HEADER / 8 + WORDS)),
+    };
+    state.slice().store(value, at, Ordering::Release).unwrap();
 }
 
 fn open(state: &State) -> Ledger {
