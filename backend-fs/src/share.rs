@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use backend_daemon::logging::chain as error_chain;
 use backend_daemon::ring::Chain;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use virtiofsd::descriptor_utils::{Reader, Writer};
@@ -20,7 +21,7 @@ use crate::args::{Args, Cache};
 use crate::inheritance::Inheritance;
 use crate::keep::{Keep, MOST_KEPT};
 use crate::lasting::{Inner, Lasting, Manner};
-use crate::mount;
+use crate::mount::{self, MountError};
 use crate::record::Key;
 use crate::request::Request;
 use crate::sandbox::Place;
@@ -174,11 +175,18 @@ impl<F: Inner> Served<F> {
     fn new(lasting: Lasting<F>, held: Vec<(u64, OwnedFd)>) -> Result<Self, ShareError> {
         let server = Server::new(lasting.clone());
         if let Some(session) = lasting.session() {
-            mount::again(&server, &session).map_err(|error| ShareError::Mount(error.into()))?;
-            lasting.recover(held);
-        } else {
-            lasting.discard(&held);
+            match mount::again(&server, &session) {
+                Ok(()) => {
+                    lasting.recover(held);
+                    return Ok(Self { server, lasting });
+                }
+                Err(MountError::Memory(error)) => return Err(ShareError::Mount(error)),
+                // The guest was quick to change its request after it was taken.
+                Err(error) => log::warn!("the guest's mount is over: {}", error_chain(&error)),
+            }
+            server.destroy();
         }
+        lasting.discard(&held);
         Ok(Self { server, lasting })
     }
 
@@ -214,7 +222,9 @@ impl<F: Inner> Served<F> {
             Ok(handled) => handled?,
             Err(_panic) => return Err(Fault::Panicked),
         };
-        if let Some(session) = request.session(chain) {
+        if let Some(session) = request.session(chain)
+            && ticket::with(|ticket| ticket.has_mounted)
+        {
             self.lasting.mounted(&session);
         }
         Ok(written_bytes)

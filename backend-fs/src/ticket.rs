@@ -34,12 +34,15 @@ pub(crate) struct Ticket {
     pub(crate) is_recorded: bool,
     /// Whether it is a READDIRPLUS: what does not fit into its answer is forgotten again.
     pub(crate) is_plus: bool,
+    /// Whether it is an INIT that the file server took.
+    pub(crate) has_mounted: bool,
 }
 
 impl Ticket {
     pub(crate) fn new(queue: usize, key: Key, past: Past) -> Self {
         let is_recorded = past != Past::Nothing;
-        Self { queue, key, past, told: Told::default(), is_recorded, is_plus: false }
+        let told = Told::default();
+        Self { queue, key, past, told, is_recorded, is_plus: false, has_mounted: false }
     }
 }
 

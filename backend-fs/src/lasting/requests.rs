@@ -25,7 +25,9 @@ impl<F: Inner> FileSystem for Lasting<F> {
     type DirIter = Entries<F::DirIter>;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        self.0.inner.init(capable)
+        let wanted = self.0.inner.init(capable)?;
+        ticket::with(|ticket| ticket.has_mounted = true);
+        Ok(wanted)
     }
 
     fn destroy(&self) {

@@ -8,6 +8,7 @@ use backend_daemon::testing::Options;
 use crate::fuse::{Call, Entry, Guest, Op, REQUESTS, ROOT, can_sandbox, long, word};
 use crate::keeper::Keeper;
 
+const EPROTO: i32 = 71;
 const ESTALE: i32 = 116;
 
 pub(crate) fn options() -> Options {
@@ -217,6 +218,24 @@ fn a_new_mount_begins_with_nothing_and_leaves_nothing_in_the_store() {
     assert_eq!(keeper.held(), [0_u64; 0]);
     assert!(guest.read(node, handle, 0, 1).is_err());
     assert_eq!(guest.lookup(ROOT, "other").unwrap().node, other);
+}
+
+#[test]
+fn a_mount_that_was_refused_is_none_for_the_successor_either() {
+    if !can_sandbox() {
+        return;
+    }
+    let share = tempfile::tempdir().unwrap();
+    let mut keeper = Keeper::start(share.path(), &[]);
+    let mut guest = Guest::mount_with(keeper.daemon(), &options());
+    for version in [(7, 5), (6, 38)] {
+        let init = Call::new(Op::Init, 0).word(version.0).word(version.1).word(0).word(0);
+        assert_eq!(guest.call(&init.data(&[0; 48])), Err(EPROTO));
+        restart(&mut keeper, &mut guest);
+        assert!(guest.lookup(ROOT, "file").is_err());
+        guest.init();
+        guest.create(ROOT, &format!("file-{}", version.1), 0).unwrap();
+    }
 }
 
 #[test]
