@@ -5,17 +5,12 @@
 //! queue. A request is served whole before the next one is taken: what a process leaves in flight
 //! when it is killed is one request a queue.
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use backend_daemon::device::{
-    Device, DeviceError, Interest, QueueIndex, Rings, Sources, Token, Worker,
-};
+use backend_daemon::device::{Device, DeviceError, QueueIndex, Rings, Sources, Token, Worker};
 use backend_daemon::logging::{Limit, chain as error_chain};
 use backend_daemon::process::BuildError;
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::{Errno, read, write};
 
 use crate::args::{Args, Tag};
 use crate::inheritance::Inheritance;
@@ -29,8 +24,6 @@ const MAX_QUEUE_SIZE: u16 = 1024;
 
 /// How long a worker goes on serving before it lets the guest know and takes orders.
 const TURN: Duration = Duration::from_micros(200);
-
-const BELL: Token = Token(0);
 
 /// A file system device, not in its sandbox yet.
 pub struct FsDevice {
@@ -127,14 +120,7 @@ impl Device for FsDevice {
     }
 
     fn worker(&mut self, _group: usize) -> Result<FsWorker, DeviceError> {
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|errno| failed("make an eventfd", errno))?;
-        Ok(FsWorker {
-            share: Arc::clone(&self.share),
-            bell,
-            unfinished: None,
-            limit: Limit::default(),
-        })
+        Ok(FsWorker { share: Arc::clone(&self.share), limit: Limit::default() })
     }
 }
 
@@ -148,15 +134,11 @@ fn failed(
 /// Serves one queue.
 pub struct FsWorker {
     share: Arc<OnceLock<Share>>,
-    /// Rung by the worker itself to come back to `unfinished`.
-    bell: OwnedFd,
-    unfinished: Option<QueueIndex>,
     limit: Limit,
 }
 
 impl FsWorker {
     fn serve(&mut self, queue: QueueIndex, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
-        self.unfinished = None;
         let Some(ring) = rings.ring(queue) else { return Ok(()) };
         let share = self.share.get().ok_or_else(|| failed("serve", "the share is not open"))?;
         let turn_ends = Instant::now() + TURN;
@@ -169,49 +151,32 @@ impl FsWorker {
             }
             ring.push(chain, written_bytes)?;
             if Instant::now() >= turn_ends {
-                self.unfinished = Some(queue);
-                return self.ring_bell();
+                rings.again(queue);
+                break;
             }
         }
         Ok(())
-    }
-
-    fn ring_bell(&self) -> Result<(), DeviceError> {
-        match write(&self.bell, &1_u64.to_ne_bytes()) {
-            Ok(_) | Err(Errno::AGAIN) => Ok(()),
-            Err(errno) => Err(failed("write an eventfd", errno)),
-        }
     }
 }
 
 impl Worker for FsWorker {
     fn negotiated(&mut self, _features: u64) {}
 
-    fn sources(&mut self, sources: &mut dyn Sources) -> Result<(), DeviceError> {
+    fn sources(&mut self, _sources: &mut dyn Sources) -> Result<(), DeviceError> {
         // virtiofsd changes the working directory and the umask for the length of a request.
         sys::own_working_directory()
-            .map_err(|error| failed("have a working directory of its own", error))?;
-        let added = sources.add(self.bell.as_fd(), BELL, Interest::Read);
-        added.map_err(|error| failed("register an eventfd", error))
+            .map_err(|error| failed("have a working directory of its own", error))
     }
 
     fn kicked(&mut self, queue: QueueIndex, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
         self.serve(queue, rings)
     }
 
-    fn ready(&mut self, _token: Token, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
-        match read(&self.bell, &mut [0_u8; 8]) {
-            Ok(_) | Err(Errno::AGAIN) => {}
-            Err(errno) => return Err(failed("read an eventfd", errno)),
-        }
-        match self.unfinished {
-            Some(queue) => self.serve(queue, rings),
-            None => Ok(()),
-        }
+    fn ready(&mut self, _token: Token, _rings: &mut Rings<'_>) -> Result<(), DeviceError> {
+        Ok(())
     }
 
     fn drain(&mut self, _queue: QueueIndex, _rings: &mut Rings<'_>) -> Result<(), DeviceError> {
-        self.unfinished = None;
         Ok(())
     }
 }
