@@ -34,6 +34,7 @@ pub(crate) enum Op {
     Getxattr = 22,
     Init = 26,
     Opendir = 27,
+    Releasedir = 29,
     Create = 35,
     Readdirplus = 44,
 }

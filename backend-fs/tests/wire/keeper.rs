@@ -123,17 +123,12 @@ impl Drop for Keeper {
 }
 
 fn keep(socket: &OwnedFd, held: &Held, is_over: &AtomicBool) {
-    for (key, fd) in held.lock().unwrap().iter() {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut beside = SendAncillaryBuffer::new(&mut space);
-        let fds = [fd.as_fd()];
-        assert!(beside.push(SendAncillaryMessage::ScmRights(&fds)));
-        let datagram = FromStore::Held { key: *key }.encode();
-        let parts = [IoSlice::new(&datagram)];
-        sendmsg(socket, &parts, &mut beside, SendFlags::NOSIGNAL).unwrap();
+    match hand_over(socket, held) {
+        Ok(()) => {}
+        // It died before it took them all.
+        Err(Errno::PIPE | Errno::CONNRESET) => return,
+        Err(error) => panic!("{error}"),
     }
-    let end = FromStore::End.encode();
-    send(socket, &end, SendFlags::NOSIGNAL).unwrap();
     loop {
         let last = is_over.load(Ordering::SeqCst);
         while let Some(message) = take(socket) {
@@ -150,6 +145,18 @@ fn keep(socket: &OwnedFd, held: &Held, is_over: &AtomicBool) {
         let timeout = Timespec { tv_sec: 0, tv_nsec: 2_000_000 };
         poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&timeout)).unwrap();
     }
+}
+
+fn hand_over(socket: &OwnedFd, held: &Held) -> Result<(), Errno> {
+    for (key, fd) in held.lock().unwrap().iter() {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut beside = SendAncillaryBuffer::new(&mut space);
+        let fds = [fd.as_fd()];
+        assert!(beside.push(SendAncillaryMessage::ScmRights(&fds)));
+        let datagram = FromStore::Held { key: *key }.encode();
+        sendmsg(socket, &[IoSlice::new(&datagram)], &mut beside, SendFlags::NOSIGNAL)?;
+    }
+    send(socket, &FromStore::End.encode(), SendFlags::NOSIGNAL).map(drop)
 }
 
 fn take(socket: &OwnedFd) -> Option<(ToStore, Option<OwnedFd>)> {

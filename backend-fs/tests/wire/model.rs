@@ -12,6 +12,7 @@ use crate::keeper::Keeper;
 use crate::restart::options;
 
 const ENOENT: Errno = 2;
+const EBADF: Errno = 9;
 const EEXIST: Errno = 17;
 const O_RDWR_EXCL_APPEND: u32 = 2 | 0o200 | 0o2000;
 const O_APPEND: u32 = 0o2000;
@@ -47,6 +48,10 @@ struct Folder {
     files: BTreeMap<String, u64>,
     folders: BTreeMap<String, u64>,
     open: BTreeMap<u64, Open>,
+    /// How often the guest was told of each node.
+    told: BTreeMap<u64, u64>,
+    /// The folder itself, open for reading.
+    handle: u64,
     next: u64,
 }
 
@@ -61,6 +66,7 @@ enum Step {
     Rmdir { name: String },
     RenameFolder { from: String, to: String },
     Release { file: u64 },
+    Find,
     List,
 }
 
@@ -81,7 +87,7 @@ impl Folder {
         let folder = Self::pick(&self.folders, dice).cloned();
         let index = usize::try_from(dice.roll(self.open.len().max(1) as u64)).unwrap();
         let open = self.open.keys().nth(index).copied();
-        match (dice.roll(20), file, folder, open) {
+        match (dice.roll(21), file, folder, open) {
             (0 | 1, Some(name), ..) => Step::Create { name, exists: true },
             (2..=4, ..) => Step::Create { name: self.fresh(), exists: false },
             (5..=8, _, _, Some(file)) => {
@@ -101,7 +107,8 @@ impl Folder {
             (16, _, Some(name), _) => Step::Rmdir { name },
             (17, _, Some(from), _) => Step::RenameFolder { from, to: self.fresh() },
             (18, _, _, Some(file)) if self.open.len() > 4 => Step::Release { file },
-            (19, ..) => Step::List,
+            (19, ..) => Step::Find,
+            (20, ..) => Step::List,
             _ => Step::Mkdir { name: self.fresh(), exists: false },
         }
     }
@@ -139,7 +146,11 @@ impl Folder {
                 let Open { node, handle, .. } = &self.open[file];
                 Call::new(Op::Release, *node).long(*handle).long(0).long(0)
             }
-            Step::List => Call::new(Op::Lookup, ROOT).name(&self.name),
+            Step::Find => Call::new(Op::Lookup, ROOT).name(&self.name),
+            Step::List => {
+                let read = Call::new(Op::Readdirplus, self.node).long(self.handle).long(0);
+                read.word(32 << 10).word(0).long(0).long(0).room(32 << 10)
+            }
         }
     }
 
@@ -151,7 +162,7 @@ impl Folder {
             Step::Unlink { exists: false, .. } => assert_eq!(answer, Err(ENOENT)),
             Step::Create { name, .. } => {
                 let answer = answer.unwrap();
-                let (node, handle) = (Entry::parse(&answer).node, long(&answer, 128));
+                let (node, handle) = (self.tell(&answer), long(&answer, 128));
                 self.open.insert(node, Open { node, handle, contents: Vec::new() });
                 self.files.insert(name, node);
             }
@@ -175,7 +186,8 @@ impl Folder {
                 self.files.remove(&name);
             }
             Step::Mkdir { name, .. } => {
-                self.folders.insert(name, Entry::parse(&answer.unwrap()).node);
+                let node = self.tell(&answer.unwrap());
+                self.folders.insert(name, node);
             }
             Step::Rmdir { name } => {
                 answer.unwrap();
@@ -187,8 +199,41 @@ impl Folder {
                 self.open.remove(&file);
                 self.files.retain(|_name, node| *node != file);
             }
-            Step::List => assert_eq!(Entry::parse(&answer.unwrap()).node, self.node),
+            Step::Find => assert_eq!(self.tell(&answer.unwrap()), self.node),
+            Step::List => self.check_list(&answer.unwrap()),
         }
+    }
+
+    /// The guest is told of a node.
+    fn tell(&mut self, entry: &[u8]) -> u64 {
+        let node = Entry::parse(entry).node;
+        *self.told.entry(node).or_default() += 1;
+        node
+    }
+
+    fn check_list(&mut self, answer: &[u8]) {
+        let mut listed = BTreeMap::new();
+        let mut rest = answer;
+        while !rest.is_empty() {
+            let len = word(rest, 144) as usize;
+            let name = String::from_utf8(rest[152..152 + len].to_vec()).unwrap();
+            if name != "." && name != ".." {
+                listed.insert(name, self.tell(rest));
+            }
+            rest = &rest[(152 + len).next_multiple_of(8)..];
+        }
+        let mut expected = self.files.clone();
+        expected.extend(self.folders.clone());
+        assert_eq!(listed, expected);
+    }
+
+    /// A node that the guest was told of more than once, to be forgotten all but once.
+    fn forget_some(&mut self, dice: &mut Dice) -> Option<Call> {
+        let index = usize::try_from(dice.roll(self.told.len() as u64)).unwrap();
+        let (node, count) = self.told.iter_mut().nth(index)?;
+        let more = *count - 1;
+        *count = 1;
+        (more > 0).then(|| Call::new(Op::Forget, *node).long(more))
     }
 
     /// Compares with the folder itself.
@@ -213,6 +258,14 @@ impl Folder {
     }
 }
 
+/// Lets time pass, and not much more.
+fn pass(time: Duration) {
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        thread::yield_now();
+    }
+}
+
 fn torture(seed: u64) {
     let share = tempfile::tempdir().unwrap();
     let mut keeper = Keeper::start(share.path(), &[]);
@@ -222,8 +275,12 @@ fn torture(seed: u64) {
         .map(|number| {
             let name = format!("folder-{number}");
             let mkdir = Call::new(Op::Mkdir, ROOT).word(0o755).word(0).name(&name);
-            let node = Entry::parse(&guest.call(&mkdir).unwrap()).node;
-            Folder { node, name, ..Folder::default() }
+            let answer = guest.call(&mkdir).unwrap();
+            let mut folder = Folder { name, ..Folder::default() };
+            folder.node = folder.tell(&answer);
+            let open = Call::new(Op::Opendir, folder.node).word(0).word(0);
+            folder.handle = long(&guest.call(&open).unwrap(), 0);
+            folder
         })
         .collect();
     for round in 0..ROUNDS {
@@ -233,24 +290,28 @@ fn torture(seed: u64) {
             if let Step::Release { file } = &step
                 && folder.files.values().any(|node| node == file)
             {
-                step = Step::List;
+                step = Step::Find;
             }
             let call = folder.call(&step);
             sent.push((step, guest.send(queue, &call)));
         }
+        let forget = folders[0].forget_some(&mut dice).map(|call| guest.send(0, &call));
         if round % 3 == 0 {
             // The time in which three requests are served.
-            let death = Instant::now() + Duration::from_micros(dice.roll(250));
-            while Instant::now() < death {
-                thread::yield_now();
-            }
+            pass(Duration::from_micros(dice.roll(250)));
             keeper.restart();
+            if round % 4 == 0 {
+                // The successor dies as well, on its way or as it begins to serve.
+                pass(Duration::from_micros(dice.roll(12_000)));
+                keeper.restart();
+            }
             guest.driver.reconnect(&keeper.daemon().socket());
         }
         for (folder, (step, sent)) in folders.iter_mut().zip(sent) {
             let answer = guest.answer(sent);
             folder.check(step, answer);
         }
+        forget.into_iter().for_each(|sent| guest.taken(sent));
         if round % 40 == 0 {
             folders.iter().for_each(|folder| folder.compare(&share.path().join(&folder.name)));
         }
@@ -270,6 +331,32 @@ fn torture(seed: u64) {
     });
     let nameless = nameless.count();
     assert!(nameless > 10, "only {nameless} files have lost their names");
+    assert!(keeper.held().len() >= nameless);
+    forget_all(&mut keeper, &mut guest, &folders);
+}
+
+/// Once everything is closed and forgotten as often as it was told of, nothing is left.
+fn forget_all(keeper: &mut Keeper, guest: &mut Guest, folders: &[Folder]) {
+    for folder in folders {
+        let open = folder.open.values().map(|open| (Op::Release, open.node, open.handle));
+        for (op, node, handle) in open.chain([(Op::Releasedir, folder.node, folder.handle)]) {
+            guest.call(&Call::new(op, node).long(handle).long(0).long(0)).unwrap();
+        }
+    }
+    for (round, (node, count)) in folders.iter().flat_map(|folder| &folder.told).enumerate() {
+        assert!(guest.attributes(*node).is_ok());
+        let sent = guest.send(0, &Call::new(Op::Forget, *node).long(*count));
+        if round % 16 == 0 {
+            keeper.restart();
+            guest.driver.reconnect(&keeper.daemon().socket());
+        }
+        guest.taken(sent);
+    }
+    for node in folders.iter().flat_map(|folder| folder.told.keys()) {
+        assert_eq!(guest.attributes(*node).map(drop), Err(EBADF));
+    }
+    keeper.kill();
+    assert_eq!(keeper.held(), [0_u64; 0]);
 }
 
 #[test]
