@@ -9,6 +9,8 @@ use backend_daemon::testing::{Buffer, DEADLINE};
 use backend_vsock::keep::{Key, Origin};
 use backend_vsock::packet::Op;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
 use crate::guest::{EVENT, Guest, SILENCE, Stream};
 use crate::program::{Device, accept, greeted, noise, patient, read, read_all};
 use crate::supervisor::{Supervisor, reconnected};
@@ -56,6 +58,30 @@ fn bytes_that_a_program_did_not_read_yet_wait_for_it_in_the_successor() {
     replace(&mut supervisor, &mut device, &mut guest);
     assert!(read_all(&mut program) == bytes);
     while guest.next().op() != Op::Reset {}
+}
+
+#[test]
+fn hundreds_of_connections_are_taken_up_at_once() {
+    // This process holds the other ends of them all, and plays the supervisor that keeps copies.
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
+    let (mut supervisor, mut device, mut guest) = start();
+    let listener = device.listen(1);
+    let mut pairs: Vec<_> = (0..600)
+        .map(|port| {
+            let stream = guest.dial(1, port, 1 << 16);
+            // The device never waits for the supervisor.
+            supervisor.take_in();
+            (accept(&listener), stream)
+        })
+        .collect();
+    replace(&mut supervisor, &mut device, &mut guest);
+    for (port, (program, stream)) in (0..).zip(&mut pairs) {
+        program.write_all(&noise(100, port)).unwrap();
+        stream.send(&mut guest, &noise(100, port + 1000));
+        assert!(stream.read(&mut guest, 100) == noise(100, port));
+        assert!(read(program, 100) == noise(100, port + 1000));
+    }
 }
 
 #[test]
