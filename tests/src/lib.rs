@@ -4,6 +4,8 @@
 
 pub mod artifacts;
 pub mod backend;
+pub mod blackout;
+pub mod control;
 pub mod image;
 pub mod leftovers;
 pub mod machine;
@@ -12,6 +14,7 @@ pub mod packet;
 pub mod process;
 pub mod relay;
 pub mod soak;
+pub mod supervised;
 pub mod terminal;
 pub mod xtask;
 

@@ -1,6 +1,7 @@
 //! `nacre-vmm` with a guest that has no kernel: started, listened to, waited for.
 
 use std::io::{BufRead, BufReader};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -12,11 +13,13 @@ use nacre_proto::exit::VmmExit;
 
 use crate::artifacts;
 use crate::process::{PATIENCE, Process};
+use crate::sys;
 
 /// What a machine is started with.
 #[derive(Debug)]
 pub struct Machine {
     command: Command,
+    inherited: Vec<OwnedFd>,
 }
 
 /// A running machine.
@@ -49,7 +52,7 @@ impl Machine {
         command.arg("--kernel").arg(artifacts::bare_guest()?);
         command.args(["--cmdline", &format!("test={name}"), "--serial", "stdio"]);
         command.stdin(Stdio::null()).stdout(Stdio::piped());
-        Ok(Self { command })
+        Ok(Self { command, inherited: Vec::new() })
     }
 
     /// A guest of a Linux kernel.
@@ -62,7 +65,7 @@ impl Machine {
         command.arg("--kernel").arg(kernel).arg("--initramfs").arg(initramfs);
         command.args(["--cmdline", cmdline, "--serial", "stdio"]);
         command.stdin(Stdio::null()).stdout(Stdio::piped());
-        Ok(Self { command })
+        Ok(Self { command, inherited: Vec::new() })
     }
 
     /// Adds arguments of the VMM.
@@ -79,6 +82,29 @@ impl Machine {
         self.with(&["--vhost-user", &device])
     }
 
+    /// Adds a device: its name and type, and the connected socket of its backend.
+    #[must_use]
+    pub fn device_at(mut self, name: &str, kind: &str, socket: OwnedFd) -> Self {
+        let device = format!("id={name},fd={},type={kind}", socket.as_raw_fd());
+        self.inherited.push(socket);
+        self.with(&["--vhost-user", &device])
+    }
+
+    /// Adds a control socket: the VMM's end.
+    #[must_use]
+    pub fn control(mut self, socket: OwnedFd) -> Self {
+        let number = socket.as_raw_fd().to_string();
+        self.inherited.push(socket);
+        self.with(&["--control-fd", &number])
+    }
+
+    /// Lets the guest's serial port be spoken to.
+    #[must_use]
+    pub fn with_input(mut self) -> Self {
+        self.command.stdin(Stdio::piped());
+        self
+    }
+
     /// Starts it.
     ///
     /// # Errors
@@ -91,6 +117,7 @@ impl Machine {
                 self.command.args([flag, value]);
             }
         }
+        sys::hand_in(&mut self.command, std::mem::take(&mut self.inherited));
         let program = artifacts::program("nacre-vmm")?;
         let mut process = Process::start(&program, &mut self.command)?;
         let serial = process.child().stdout.take().context("the VMM's standard output")?;

@@ -1,7 +1,9 @@
 //! Raw frames on a network interface, in a network namespace that the test made.
 
+use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -24,6 +26,21 @@ pub struct PacketSocket(OwnedFd);
 /// Fails without the privilege for it.
 pub fn own_namespace() -> Result<()> {
     sys::unshare_network().context("cannot make a network namespace")
+}
+
+/// A tap in this thread's network namespace, up, for as long as the descriptor is open. What the
+/// kernel itself would send through it is switched off as far as it can be.
+///
+/// # Errors
+///
+/// Fails without `/dev/net/tun` or the privilege for it.
+pub fn tap(name: &str) -> Result<OwnedFd> {
+    // A kernel without IPv6 has no such file, and sends no router solicitations.
+    drop(fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"));
+    let tap = sys::tap(name).with_context(|| format!("cannot make the tap {name}"))?;
+    let up = Command::new("ip").args(["link", "set", name, "up"]).status();
+    ensure!(up.context("the ip command")?.success(), "cannot set {name} up");
+    Ok(tap)
 }
 
 impl PacketSocket {

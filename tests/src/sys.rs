@@ -1,9 +1,17 @@
-#![expect(unsafe_code, reason = "network namespaces and packet sockets have no safe wrapper here")]
+#![expect(
+    unsafe_code,
+    reason = "network namespaces, taps, what a child inherits and the time-stamp counter"
+)]
 //! The framework's own system calls.
 
+use std::arch::x86_64::_rdtsc;
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use rustix::io::{FdFlags, fcntl_setfd};
 
 /// `unshare(CLONE_NEWNET)`: this thread, and what it starts, get an empty network.
 pub(crate) fn unshare_network() -> io::Result<()> {
@@ -58,4 +66,49 @@ pub(crate) fn duplicate(number: i32) -> io::Result<OwnedFd> {
     }
     // SAFETY: the descriptor was just made and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}
+
+/// Lets a program that is started by this command have `fds`, under the numbers that they have
+/// here. They stay open here as long as the command lives.
+pub(crate) fn hand_in(command: &mut Command, fds: Vec<OwnedFd>) {
+    let before_exec = move || {
+        for fd in &fds {
+            fcntl_setfd(fd, FdFlags::empty())?;
+        }
+        Ok(())
+    };
+    // SAFETY: `pre_exec` asks that the closure be async-signal-safe: it makes plain system calls,
+    // allocates nothing, takes no lock, and its captures were made before the fork.
+    unsafe { command.pre_exec(before_exec) };
+}
+
+/// Makes a tap called `name` that exists as long as the descriptor or a copy is open. Its frames
+/// carry a virtio-net header.
+pub(crate) fn tap(name: &str) -> io::Result<OwnedFd> {
+    let flags = libc::O_RDWR | libc::O_CLOEXEC | libc::O_NONBLOCK;
+    // SAFETY: the path is a C string that lives for ever.
+    let tap = unsafe { libc::open(c"/dev/net/tun".as_ptr(), flags) };
+    if tap < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made and nothing else owns it.
+    let tap = unsafe { OwnedFd::from_raw_fd(tap) };
+    let mut ifr_name = [0; libc::IFNAMSIZ];
+    for (to, from) in ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    let kind = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let ifru_flags = i16::try_from(kind).map_err(io::Error::other)?;
+    let request = libc::ifreq { ifr_name, ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags } };
+    // SAFETY: the call reads and writes one `ifreq`, which lives through it.
+    match unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw const request) } {
+        0 => Ok(tap),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The processor's time-stamp counter.
+pub(crate) fn cycles() -> u64 {
+    // SAFETY: every x86-64 processor has it, and Linux lets programs read it.
+    unsafe { _rdtsc() }
 }

@@ -3,6 +3,7 @@
 //! Everything that is fetched or made lies in one cache folder ([`cache`]) and is made once.
 //! Nothing here installs a kernel on the machine or edits its apt sources.
 
+pub mod bench;
 pub mod bzimage;
 pub mod cache;
 pub mod cpio;

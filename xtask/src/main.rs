@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
+use xtask::bench::BenchArguments;
 use xtask::cache::Cache;
 use xtask::executor;
 use xtask::host::command::{HostArguments, SERVE_TASK, ServeArguments};
@@ -36,6 +37,8 @@ enum Task {
     Test(TestArguments),
     /// Storms of boots, kills and failures, for as long as asked; see CONTRIBUTING.md
     Soak(SoakArguments),
+    /// Measures, and prints figures
+    Bench(BenchArguments),
     /// Checks what lints cannot: crate graph, licences, file heads, names, unsafe's places
     Tidy,
     /// Installs the Debian packages that building the workspace needs
@@ -78,6 +81,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Task::Soak(arguments) => arguments.run(),
+        Task::Bench(arguments) => arguments.run(workspace()?),
         Task::Tidy => tidy::run(workspace()?).map(|()| ExitCode::SUCCESS),
         Task::Setup => machine::need(machine::BUILD_PACKAGES).map(|()| ExitCode::SUCCESS),
         Task::HostServe(arguments) => arguments.run(),

@@ -7,6 +7,7 @@ extern crate alloc;
 
 mod acpi;
 mod dma;
+mod load;
 mod machine;
 mod pci;
 mod scenarios;

@@ -56,6 +56,14 @@ pub fn find(kind: DeviceType, nth: usize) -> Option<DeviceFunction> {
         .map(|(function, _)| function)
 }
 
+/// The first function with this device id, of virtio's vendor id.
+pub fn find_id(device_id: u16) -> Option<DeviceFunction> {
+    PciRoot::new(Ports)
+        .enumerate_bus(0)
+        .find(|(_, info)| (info.vendor_id, info.device_id) == (0x1af4, device_id))
+        .map(|(function, _)| function)
+}
+
 /// Gives the function's memory BARs addresses and lets it decode them.
 pub fn enable(function: DeviceFunction) {
     let mut root = PciRoot::new(Ports);
@@ -80,6 +88,32 @@ pub fn enable(function: DeviceFunction) {
 /// The transport of an enabled function.
 pub fn transport(function: DeviceFunction) -> PciTransport {
     PciTransport::new::<Identity, _>(&mut PciRoot::new(Ports), function).expect("a virtio function")
+}
+
+/// The transport of an enabled function whose device type the `virtio-drivers` crate does not know.
+pub fn transport_in_disguise(function: DeviceFunction) -> PciTransport {
+    let mut root = PciRoot::new(Disguise);
+    PciTransport::new::<Identity, _>(&mut root, function).expect("a virtio function")
+}
+
+/// The ports, but every function is an entropy source.
+struct Disguise;
+
+impl ConfigurationAccess for Disguise {
+    fn read_word(&self, function: DeviceFunction, offset: u8) -> u32 {
+        match offset {
+            0 => 0x1044_1af4,
+            _ => Ports.read_word(function, offset),
+        }
+    }
+
+    fn write_word(&mut self, function: DeviceFunction, offset: u8, data: u32) {
+        Ports.write_word(function, offset, data);
+    }
+
+    unsafe fn unsafe_clone(&self) -> Self {
+        Self
+    }
 }
 
 /// The address that a capability's BAR and offset name.

@@ -6,6 +6,7 @@ mod net;
 mod vsock;
 
 use crate::acpi::{self, Table};
+use crate::load;
 use crate::start_info::StartInfo;
 
 /// Runs one scenario; a failure panics, and the panic is reported.
@@ -31,6 +32,10 @@ pub fn run(name: &str, info: StartInfo, tables: &[Table]) {
         "blk-reboot" => blk::reboot(),
         "net" => net::echo(),
         "vsock" => vsock::echo(),
+        "load-blk" => load::blk::run(),
+        "load-net" => load::net::run(),
+        "load-fs" => load::fs::run(),
+        "load-vsock" => load::vsock::run(),
         other => panic!("no scenario {other}"),
     }
 }

@@ -1,0 +1,126 @@
+//! The VMM's control socket, as its supervisor has it.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nacre_proto::vmm::{self, Command, Event, Outcome, Request, Status, Told};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+
+use crate::process::PATIENCE;
+
+/// The supervisor's end.
+#[derive(Debug)]
+pub struct Control {
+    socket: OwnedFd,
+    next: u64,
+    events: Vec<Event>,
+}
+
+impl Control {
+    /// A new one, and the VMM's end of it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel has no socket left.
+    pub fn new() -> Result<(Self, OwnedFd)> {
+        let (kind, flags) = (SocketType::SEQPACKET, SocketFlags::CLOEXEC);
+        let (socket, theirs) = socketpair(AddressFamily::UNIX, kind, flags, None)?;
+        Ok((Self { socket, next: 1, events: Vec::new() }, theirs))
+    }
+
+    /// Has a new backend, at the other end of `socket`, take the place of the device's last one.
+    ///
+    /// # Errors
+    ///
+    /// Fails with the VMM's reason if it refuses.
+    pub fn reconnect(&mut self, device: &str, socket: &OwnedFd) -> Result<()> {
+        let command = Command::Reconnect { device: device.to_owned() };
+        match self.ask(command, Some(socket))? {
+            Outcome::Done => Ok(()),
+            Outcome::Refused(reason) => bail!("{reason}"),
+            Outcome::Status(_) => bail!("a status that was not asked for"),
+        }
+    }
+
+    /// How the VM is.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not say.
+    pub fn status(&mut self) -> Result<Status> {
+        match self.ask(Command::Status, None)? {
+            Outcome::Status(status) => Ok(status),
+            other => bail!("no status: {other:?}"),
+        }
+    }
+
+    /// Sends a command and waits for what comes of it; events that come before are kept.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the VMM hangs up, or does not answer.
+    pub fn ask(&mut self, command: Command, beside: Option<&OwnedFd>) -> Result<Outcome> {
+        let id = self.next;
+        self.next += 1;
+        let datagram = vmm::encode(&Request { id, command })?;
+        let fds: Vec<_> = beside.iter().map(|fd| fd.as_fd()).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut rights = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            rights.push(SendAncillaryMessage::ScmRights(&fds));
+        }
+        sendmsg(&self.socket, &[IoSlice::new(&datagram)], &mut rights, SendFlags::NOSIGNAL)?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.hear(deadline)?.context("no answer of the VMM")? {
+                Told::Event(event) => self.events.push(event),
+                Told::Reply(reply) => {
+                    ensure!(reply.id == id, "an answer to {} instead of {id}", reply.id);
+                    return Ok(reply.outcome);
+                }
+            }
+        }
+    }
+
+    /// Why the VMM says that it lost the device's backend, once it does.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not.
+    pub fn lost(&mut self, device: &str) -> Result<String> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let of = |Event::DeviceLost { device: lost, .. }: &Event| lost == device;
+            if let Some(at) = self.events.iter().position(of) {
+                let Event::DeviceLost { reason, .. } = self.events.remove(at);
+                return Ok(reason);
+            }
+            match self.hear(deadline)?.with_context(|| format!("{device} is not lost"))? {
+                Told::Event(event) => self.events.push(event),
+                Told::Reply(reply) => bail!("an answer to nothing: {reply:?}"),
+            }
+        }
+    }
+
+    /// The next thing that the VMM tells, or none by the deadline.
+    fn hear(&self, deadline: Instant) -> Result<Option<Told>> {
+        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        let timeout = Timespec::try_from(left)?;
+        if poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&timeout))? == 0 {
+            return Ok(None);
+        }
+        let mut bytes = vec![0; vmm::MAX_BYTES];
+        let mut parts = [IoSliceMut::new(&mut bytes)];
+        let mut nothing = RecvAncillaryBuffer::default();
+        let received = recvmsg(&self.socket, &mut parts, &mut nothing, RecvFlags::empty())?;
+        ensure!(received.bytes > 0, "the VMM hung up");
+        Ok(Some(vmm::decode(&bytes[..received.bytes])?))
+    }
+}
