@@ -84,8 +84,8 @@ impl Key {
 #[derive(Debug)]
 pub struct Keep {
     store: Option<Store>,
-    /// What the supervisor was too slow to be told: at most one for each connection that ended
-    /// while none could begin.
+    /// What the supervisor was too slow to be told. Nothing is put meanwhile: a key that is to be
+    /// removed may be the next one's, and there are never more of these than connections.
     owed: Vec<u64>,
 }
 
@@ -109,6 +109,9 @@ impl Keep {
     /// Fails if the supervisor is gone or too slow; nothing was left then.
     pub fn put(&mut self, key: Key, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.settle_up();
+        if !self.owed.is_empty() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
         let put = self.store.as_ref().map_or(Ok(()), |store| store.put(key.encode(), fd));
         death::reach();
         put
@@ -137,7 +140,12 @@ impl Keep {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use proptest::prelude::*;
+    use rustix::net::{
+        AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
+    };
 
     use super::*;
 
@@ -163,5 +171,30 @@ mod tests {
             assert_eq!(Key::decode(key.encode()), Some(key));
         }
         assert_eq!(Key::decode(3), None);
+    }
+
+    #[test]
+    fn nothing_is_put_before_a_slow_supervisor_has_heard_what_to_close() {
+        let kind = SocketType::SEQPACKET;
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
+        let end = [4, 0, 0, 0, 0, 0, 0, 0, 0];
+        send(&ours, &end, SendFlags::empty()).unwrap();
+        let (store, _held) = Store::open(theirs).unwrap();
+        let mut keep = Keep::new(Some(store));
+        let key = Key::Connection { slot: 3, generation: 5, from: Origin::Guest };
+        while keep.put(Key::Listener, ours.as_fd()).is_ok() {}
+        keep.remove(key.encode());
+        let receive = || {
+            let mut datagram = [0; 9];
+            recv(&ours, &mut datagram, RecvFlags::DONTWAIT).ok().map(|_| datagram)
+        };
+        // Room for the removal and no more would be the wrong time for the same key again.
+        assert_eq!(keep.put(key, ours.as_fd()).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        while receive().is_some() {}
+        keep.put(key, ours.as_fd()).unwrap();
+        assert_eq!(receive().map(|datagram| datagram[0]), Some(2));
+        assert_eq!(receive().map(|datagram| datagram[0]), Some(1));
+        assert_eq!(receive(), None);
     }
 }
