@@ -175,6 +175,8 @@ fn inside(sector: u64, len_bytes: u64, limits: &Limits) -> Result<u64, Status> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::{any, proptest};
+
     use super::*;
 
     const LIMITS: Limits = Limits {
@@ -255,5 +257,47 @@ mod tests {
         let without = Limits { can_discard: false, ..LIMITS };
         let discard = header(VIRTIO_BLK_T_DISCARD, 0);
         assert_eq!(discard.range_operation(range(0, 1, 0), &without), Err(Status::Unsupported));
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_asked_for_lies_within_the_disk_or_is_refused(
+            bytes: [u8; 16],
+            range: [u8; 16],
+            moved in (any::<u64>(), any::<u64>()),
+            size_sectors in 0_u64..1 << 40,
+            block_shift in 9_u32..13,
+        ) {
+            let block_bytes = 1 << block_shift;
+            let limits = Limits { size_bytes: size_sectors * SECTOR_BYTES, block_bytes, ..LIMITS };
+            let mut near = range;
+            // A range that is likely to lie in the disk, too.
+            near[5..].fill(0);
+            let header = Header::parse(bytes);
+            for range in [range, near] {
+                check(header.range_operation(range, &limits), &limits);
+            }
+            check(header.operation(moved.0, moved.1, &limits), &limits);
+            for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_DISCARD] {
+                let header = Header { kind, sector: header.sector % (size_sectors + 2) };
+                check(header.operation(moved.0 % (1 << 21), moved.1 % (1 << 21), &limits), &limits);
+                check(header.range_operation(near, &limits), &limits);
+            }
+        }
+    }
+
+    fn check(operation: Result<Operation, Status>, limits: &Limits) {
+        let (Operation::Read { offset_bytes, len_bytes }
+        | Operation::Write { offset_bytes, len_bytes }
+        | Operation::Discard { offset_bytes, len_bytes }
+        | Operation::Zero { offset_bytes, len_bytes, .. }) = (match operation {
+            Ok(operation) => operation,
+            Err(_) => return,
+        })
+        else {
+            return;
+        };
+        let end = u128::from(offset_bytes) + u128::from(len_bytes);
+        assert!(end <= u128::from(limits.size_bytes), "{operation:?} of {limits:?}");
     }
 }

@@ -53,6 +53,8 @@ fn parse(command: &[u8], most: u16) -> Option<u16> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::{prop_assert, prop_assert_eq, proptest};
+
     use super::*;
 
     #[test]
@@ -71,5 +73,16 @@ mod tests {
         assert_eq!(parse(&[0, 0, 1, 0], 4), None);
         assert_eq!(parse(&[4, 0, 1], 4), None);
         assert_eq!(parse(&[], 4), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_ask_for_pairs_that_there_are_or_for_nothing(command: Vec<u8>, most: u16) {
+            if let Some(wanted) = parse(&command, most) {
+                prop_assert!((1..=most).contains(&wanted));
+            }
+            let [a, b] = most.to_le_bytes();
+            prop_assert_eq!(parse(&[4, 0, a, b], most).is_some(), most > 0);
+        }
     }
 }

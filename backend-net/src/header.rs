@@ -247,6 +247,8 @@ impl Offered {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::{prop_assert, prop_assert_eq, proptest};
+
     use super::*;
 
     const ALL: Features = Features(u64::MAX);
@@ -328,5 +330,31 @@ mod tests {
         assert!(Header::incoming(big, 9000, checksum).is_err());
         let both = Features(checksum.0 | 1 << VIRTIO_NET_F_GUEST_TSO4);
         assert_eq!(Header::incoming(big, 9000, both).unwrap().encode(3)[10..], [3, 0]);
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_passes_lies_in_its_frame_and_was_negotiated(
+            raw: [u8; HEADER_BYTES],
+            len_bytes in 0_u64..70_000,
+            bits: u64,
+            known in 0_u8..6,
+        ) {
+            let mut likely = raw;
+            (likely[0], likely[1]) = (raw[0] & 3, known);
+            for bytes in [raw, likely] {
+                if let Ok(header) = Header::outgoing(bytes, len_bytes, Features(bits)) {
+                    let checksum = header.flags & NEEDS_CSUM != 0;
+                    let end = u64::from(header.csum_start) + u64::from(header.csum_offset);
+                    prop_assert!(!checksum || end + 2 <= len_bytes);
+                    prop_assert!(!checksum || Features(bits).has(VIRTIO_NET_F_CSUM));
+                    prop_assert!(u64::from(header.hdr_len) <= len_bytes);
+                    prop_assert_eq!(header.flags & !NEEDS_CSUM, 0);
+                }
+                if let Ok(header) = Header::incoming(bytes, len_bytes, Features(bits)) {
+                    prop_assert!(header.flags == 0 || Features(bits).has(VIRTIO_NET_F_GUEST_CSUM));
+                }
+            }
+        }
     }
 }

@@ -8,6 +8,7 @@ pub mod bzimage;
 pub mod cache;
 pub mod cpio;
 pub mod executor;
+pub mod fuzz;
 pub mod guest_image;
 pub mod host;
 pub mod modules;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use xtask::bench::BenchArguments;
 use xtask::cache::Cache;
 use xtask::executor;
+use xtask::fuzz::FuzzArguments;
 use xtask::host::command::{HostArguments, SERVE_TASK, ServeArguments};
 use xtask::packages::kernel::Kernel;
 use xtask::packages::machine;
@@ -39,6 +40,8 @@ enum Task {
     Soak(SoakArguments),
     /// Measures, and prints figures
     Bench(BenchArguments),
+    /// New random inputs for what reads untrusted bytes, for as long as asked; see CONTRIBUTING.md
+    Fuzz(FuzzArguments),
     /// Checks what lints cannot: crate graph, licences, file heads, names, unsafe's places
     Tidy,
     /// Installs the Debian packages that building the workspace needs
@@ -82,6 +85,9 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         }
         Task::Soak(arguments) => arguments.run(),
         Task::Bench(arguments) => arguments.run(workspace()?),
+        Task::Fuzz(arguments) => {
+            Ok(if arguments.run()? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
         Task::Tidy => tidy::run(workspace()?).map(|()| ExitCode::SUCCESS),
         Task::Setup => machine::need(machine::BUILD_PACKAGES).map(|()| ExitCode::SUCCESS),
         Task::HostServe(arguments) => arguments.run(),

@@ -92,6 +92,8 @@ pub fn resolve(user: &str, passwd: &str, group: &str) -> Result<User, AccountErr
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::{prop_assert, proptest};
+
     use super::*;
 
     const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:34:web:/srv:/bin/sh\n";
@@ -123,5 +125,19 @@ mod tests {
         );
         assert!(resolve("-1", PASSWD, GROUP).is_err());
         assert!(resolve("4294967296", PASSWD, GROUP).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_files_and_user_give_an_account_or_an_error(
+            user in ".{0,20}",
+            passwd in "([a-z0-9:/\n-]|.){0,200}",
+            group in "([a-z0-9:,\n-]|.){0,200}",
+        ) {
+            if let Ok(user) = resolve(&user, &passwd, &group) {
+                prop_assert!(!user.home.is_empty());
+                prop_assert!(!user.additional_gids.contains(&user.gid));
+            }
+        }
     }
 }

@@ -3,6 +3,8 @@
 use std::io::Write;
 
 use flate2::{Compression as Level, write::GzEncoder};
+use proptest::prelude::{any, prop_assert, proptest};
+use proptest::{collection, sample};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
@@ -142,4 +144,32 @@ fn what_is_no_image_is_told_apart() {
     assert!(matches!(open(&compressed), SourceError::Compressed(_)));
     fs::write(folder.path().join("index.json"), "{").unwrap();
     assert!(matches!(open(folder.path()), SourceError::Json(..)));
+}
+
+proptest! {
+    #[test]
+    fn no_damage_to_an_image_makes_more_of_it_than_an_error(
+        file in any::<sample::Index>(),
+        damage in collection::vec((any::<sample::Index>(), any::<u8>()), 1..6),
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let (layout, cache) = (folder.path().join("layout"), folder.path().join("cache"));
+        fs::create_dir(&layout).unwrap();
+        write_layout(&layout);
+        let blobs = fs::read_dir(layout.join("blobs/sha256")).unwrap();
+        let mut files: Vec<_> = blobs.map(|entry| entry.unwrap().path()).collect();
+        files.push(layout.join("index.json"));
+        files.sort();
+        let file = file.get(&files);
+        let mut bytes = fs::read(file).unwrap();
+        for (at, byte) in damage {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        fs::write(file, bytes).unwrap();
+        let opened = Image::open(&layout, Cancel::default());
+        if let Ok(unpacked) = opened.and_then(|image| image.unpack(&cache)) {
+            prop_assert!(unpacked.starts_with(&cache), "{unpacked:?}");
+        }
+    }
 }

@@ -5,6 +5,8 @@ use std::{
     os::unix::fs::{MetadataExt, PermissionsExt, symlink},
 };
 
+use proptest::prelude::{Strategy, any, prop_assert, proptest};
+use proptest::{collection, sample};
 use tar::{Builder, Header};
 use tempfile::TempDir;
 
@@ -217,4 +219,73 @@ fn a_damaged_archive_is_an_error_and_no_panic() {
     let mut target = Target::open(&ground.path("")).unwrap();
     let error = target.apply(&[0x41; 2000][..], Pass::Entries).unwrap_err();
     assert!(matches!(error, LayerError::Archive(_)), "{error}");
+}
+
+/// Names and link targets as a foe would combine them.
+fn names() -> impl Strategy<Value = String> {
+    let part = sample::select(vec![
+        "..",
+        ".",
+        "",
+        "a",
+        "b",
+        "root",
+        "secret",
+        ".wh.a",
+        ".wh.b",
+        ".wh.secret",
+        ".wh...",
+        ".wh..wh..opq",
+    ]);
+    (any::<bool>(), collection::vec(part, 1..5)).prop_map(|(absolute, parts)| {
+        let start = if absolute { "/" } else { "" };
+        format!("{start}{}", parts.join("/"))
+    })
+}
+
+fn entries() -> impl Strategy<Value = Vec<(EntryType, String, String)>> {
+    let kind = sample::select(vec![
+        EntryType::Regular,
+        EntryType::Directory,
+        EntryType::Symlink,
+        EntryType::Link,
+        EntryType::Fifo,
+        EntryType::Char,
+    ]);
+    collection::vec((kind, names(), names()), 1..12)
+}
+
+proptest! {
+    #[test]
+    fn no_order_of_entries_reaches_outside(entries in entries()) {
+        let ground = Ground::new();
+        let entries: Vec<_> =
+            entries.iter().map(|(kind, name, to)| (*kind, name.as_str(), to.as_str())).collect();
+        let applied = ground.apply(layer(&entries));
+        prop_assert!(ground.is_untouched_outside(), "{applied:?}");
+    }
+
+    #[test]
+    fn no_damage_to_an_archive_reaches_outside_or_panics(
+        damage in collection::vec((any::<sample::Index>(), any::<u8>()), 1..8),
+    ) {
+        let ground = Ground::new();
+        let mut bytes = layer(&[
+            (EntryType::Directory, "a", ""),
+            (EntryType::Symlink, "b", "../secret"),
+            (EntryType::Regular, "a/file", "content"),
+        ])
+        .into_inner()
+        .unwrap();
+        for (at, byte) in damage {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        let mut target = Target::open(&ground.path("")).unwrap();
+        for pass in [Pass::Whiteouts, Pass::Entries] {
+            // Refused or not: either will do.
+            target.apply(bytes.as_slice(), pass).ok();
+        }
+        prop_assert!(ground.is_untouched_outside());
+    }
 }

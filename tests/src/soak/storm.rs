@@ -156,8 +156,14 @@ fn bereft(user: &User, name: &str, mut run: Attached) -> Result<String> {
         return Ok("it went on".to_owned());
     }
     let answer = run.wait()?;
-    let codes = [RunExit::VmmDied, RunExit::BackendDied, RunExit::AgentSilent, RunExit::Setup]
-        .map(u8::from);
+    let codes = [
+        RunExit::VmmDied,
+        RunExit::BackendStart,
+        RunExit::BackendDied,
+        RunExit::AgentSilent,
+        RunExit::Setup,
+    ]
+    .map(u8::from);
     let code = answer.code.and_then(|code| u8::try_from(code).ok());
     ensure!(code.is_some_and(|code| codes.contains(&code)), "not told by its code: {answer:?}");
     Ok(format!("ended with {}", code.unwrap_or_default()))

@@ -103,7 +103,7 @@ fn what_root_may_not_read_is_named() -> Result<()> {
     fs::write(&file, vec![7; 4096])?;
     fs::create_dir(&dir)?;
     for path in [&file, &dir] {
-        fs::set_permissions(path, Permissions::from_mode(0))?;
+        fs::set_permissions(path, Permissions::from_mode(0o000))?;
     }
     let (file, dir) = (file.display().to_string(), dir.display().to_string());
     for (option, path, exit, what) in [
