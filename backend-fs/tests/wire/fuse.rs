@@ -19,6 +19,7 @@ pub(crate) enum Op {
     Forget = 2,
     Getattr = 3,
     Setattr = 4,
+    Readlink = 5,
     Symlink = 6,
     Mkdir = 9,
     Unlink = 10,
@@ -30,13 +31,17 @@ pub(crate) enum Op {
     Write = 16,
     Statfs = 17,
     Release = 18,
+    Fsync = 20,
     Setxattr = 21,
     Getxattr = 22,
+    Flush = 25,
     Init = 26,
     Opendir = 27,
     Releasedir = 29,
     Create = 35,
+    Fallocate = 43,
     Readdirplus = 44,
+    Lseek = 46,
 }
 
 /// A request's header and arguments, before it is sent.

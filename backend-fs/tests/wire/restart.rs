@@ -115,6 +115,47 @@ fn a_file_without_a_name_lives_as_long_as_it_is_open() {
 }
 
 #[test]
+fn a_file_without_a_name_takes_every_request_that_an_open_file_takes() {
+    if !can_sandbox() {
+        return;
+    }
+    let share = tempfile::tempdir().unwrap();
+    let mut keeper = Keeper::start(share.path(), &[]);
+    let mut guest = Guest::mount_with(keeper.daemon(), &options());
+    let (node, handle) = guest.create(ROOT, "file", 0).unwrap();
+    guest.write(node, handle, 0, &[7; 8192]).unwrap();
+    let link = guest.call(&Call::new(Op::Symlink, ROOT).name("link").name("target")).unwrap();
+    let link = Entry::parse(&link).node;
+    guest.unlink(ROOT, "file").unwrap();
+    guest.unlink(ROOT, "link").unwrap();
+    restart(&mut keeper, &mut guest);
+
+    // FATTR_MODE, UID, GID, ATIME, MTIME: mode, user and group are behind the times.
+    let valid = 1 | 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5;
+    let setattr = Call::new(Op::Setattr, node).word(valid).word(0).long(0).long(0).long(0);
+    let setattr = setattr.long(1000).long(2000).long(0).word(5).word(6).word(0);
+    let answer = guest.call(&setattr.word(0o640).word(0).word(12).word(34).word(0)).unwrap();
+    let attributes = &answer[16..];
+    assert_eq!((long(attributes, 24), long(attributes, 32)), (1000, 2000), "times");
+    assert_eq!((word(attributes, 48), word(attributes, 52)), (5, 6), "their nanoseconds");
+    assert_eq!(word(attributes, 60), 0o100_640);
+    assert_eq!((word(attributes, 64), word(attributes, 68), word(attributes, 72)), (0, 12, 34));
+    // A hole in the first page (FALLOC_FL_KEEP_SIZE, PUNCH_HOLE), and data behind it (SEEK_DATA).
+    let punch = Call::new(Op::Fallocate, node).long(handle).long(0).long(4096).word(1 | 2).word(0);
+    guest.call(&punch).unwrap();
+    let seek = Call::new(Op::Lseek, node).long(handle).long(0).word(3).word(0);
+    assert_eq!(long(&guest.call(&seek).unwrap(), 0), 4096);
+    let read = guest.read(node, handle, 4095, 2).unwrap();
+    assert_eq!(read, [0, 7]);
+    for op in [Op::Fsync, Op::Flush] {
+        guest.call(&Call::new(op, node).long(handle).long(0).long(0)).unwrap();
+    }
+    assert_eq!(guest.call(&Call::new(Op::Readlink, link)).unwrap(), b"target");
+    assert!(keeper.daemon().is_running());
+    assert!(guest.call(&Call::new(Op::Link, ROOT).long(node).name("again")).is_err());
+}
+
+#[test]
 fn a_file_that_loses_one_of_its_names_is_found_by_the_other() {
     if !can_sandbox() {
         return;
@@ -142,6 +183,39 @@ fn a_file_that_loses_one_of_its_names_is_found_by_the_other() {
     keeper.succeed();
     guest.driver.reconnect(&keeper.daemon().socket());
     assert_eq!(guest.read(node, handle, 0, 100).unwrap(), b"data");
+}
+
+#[test]
+fn more_files_without_a_name_than_are_kept_cost_the_guest_those_and_nothing_else() {
+    const MOST: usize = 1024;
+    if !can_sandbox() {
+        return;
+    }
+    let share = tempfile::tempdir().unwrap();
+    let mut keeper = Keeper::start(share.path(), &[]);
+    let mut guest = Guest::mount_with(keeper.daemon(), &options());
+    let mut open = Vec::new();
+    for number in 0..MOST + 20 {
+        let name = format!("file-{number}");
+        open.push(guest.create(ROOT, &name, 0).unwrap());
+        guest.unlink(ROOT, &name).unwrap();
+    }
+    restart(&mut keeper, &mut guest);
+    assert_eq!(keeper.held().len(), MOST);
+    for (number, (node, handle)) in open.iter().enumerate() {
+        let written = guest.write(*node, *handle, 0, b"data");
+        assert_eq!(written, if number < MOST { Ok(4) } else { Err(ESTALE) }, "{number}");
+    }
+    for (node, handle) in open {
+        release(&mut guest, node, handle);
+        forget(&mut guest, node, 1);
+    }
+    // There is room for others again.
+    let (node, handle) = guest.create(ROOT, "file", 0).unwrap();
+    guest.unlink(ROOT, "file").unwrap();
+    restart(&mut keeper, &mut guest);
+    assert_eq!(keeper.held(), [node]);
+    assert_eq!(guest.write(node, handle, 0, b"data"), Ok(4));
 }
 
 #[test]
