@@ -179,14 +179,19 @@ impl<F: Inner> Core<F> {
         }
     }
 
-    /// Closes a file of the file server's.
+    /// Closes a node's file, if it is the file server's.
     fn close(&self, node: u64, opened: &Opened, is_folder: bool) {
-        let Opened::Inner(handle) = *opened else { return };
-        let Ok(inner) = self.inner_of(node) else { return };
+        if let Ok(inner) = self.inner_of(node) {
+            self.close_inner(inner, Some(opened), is_folder);
+        }
+    }
+
+    fn close_inner(&self, inner: u64, opened: Option<&Opened>, is_folder: bool) {
+        let Some(Opened::Inner(handle)) = opened else { return };
         let closed = if is_folder {
-            self.inner.releasedir(nobody(), inner, 0, handle)
+            self.inner.releasedir(nobody(), inner, 0, *handle)
         } else {
-            self.inner.release(nobody(), inner, 0, handle, false, false, None)
+            self.inner.release(nobody(), inner, 0, *handle, false, false, None)
         };
         if let Err(error) = closed {
             log::debug!("cannot close a file: {error}");

@@ -100,18 +100,13 @@ impl Table {
 
     /// Whether a new file can still be told of.
     pub(crate) fn has_room(&self) -> bool {
-        self.free(self.nodes.len(), &self.free_nodes, layout::node_slots(self.ledger.words()))
-            && self.has_handle_room()
+        let free_handles = layout::handle_slots(self.ledger.words()) - self.handles.len();
+        self.has_node_room() && free_handles + self.free_handles.len() > MARGIN
     }
 
-    fn has_handle_room(&self) -> bool {
-        let slots = layout::handle_slots(self.ledger.words());
-        self.free(self.handles.len(), &self.free_handles, slots)
-    }
-
-    #[expect(clippy::unused_self, reason = "it reads as a question to the table")]
-    fn free(&self, taken: usize, freed: &[usize], slots: usize) -> bool {
-        slots.saturating_sub(taken) + freed.len() > MARGIN
+    fn has_node_room(&self) -> bool {
+        let free = layout::node_slots(self.ledger.words()).saturating_sub(self.nodes.len());
+        free + self.free_nodes.len() > MARGIN
     }
 
     /// Adds a node that was found at `spot`, and pins it.
@@ -123,7 +118,7 @@ impl Table {
         is_made: bool,
     ) -> Result<u64, Full> {
         let slots = layout::node_slots(self.ledger.words());
-        if !is_made && !self.free(self.nodes.len(), &self.free_nodes, slots) {
+        if !is_made && !self.has_node_room() {
             return Err(Full);
         }
         let mut writes = Writes::new();

@@ -11,6 +11,7 @@ use virtiofsd::filesystem::{Context, Entry, Extensions, OpenOptions};
 
 use super::resolve::check_name;
 use super::{Core, Inner, errno, nobody};
+use crate::kept;
 use crate::record::{Intent, Move, Spot};
 use crate::table::{Opened, Place};
 use crate::ticket;
@@ -98,28 +99,20 @@ impl<F: Inner> Core<F> {
                 .create(context, folder, name, mode, kill_priv, flags, umask, extensions)
                 .inspect_err(|_error| self.abandon())?
         };
-        let inner = entry.inode;
-        let known = self.identify(spot, &entry, true);
-        let open = |id| {
-            let Some(handle) = handle else { return Ok(None) };
-            let opened = self.table().open(id, flags, false, Opened::Inner(handle));
-            opened.map(Some).map_err(|_full| errno(libc::ENFILE))
-        };
-        match known.and_then(|id| Ok((id, open(id)?))) {
-            Ok((id, opened)) => {
-                ticket::found(id);
-                opened.into_iter().for_each(ticket::opened);
-                Ok((Entry { inode: id, ..entry }, opened, options))
+        let opened = handle.map(Opened::Inner);
+        let known = self.identify(spot, &entry, true).inspect_err(|_error| {
+            // Without a node there is nobody to close it for.
+            self.close_inner(entry.inode, opened.as_ref(), false);
+        })?;
+        let handle = opened.map(|opened| self.tell_open(known, (flags, false), &opened));
+        match handle.transpose() {
+            Ok(handle) => {
+                ticket::found(known);
+                Ok((Entry { inode: known, ..entry }, handle, options))
             }
             Err(error) => {
-                let opened = handle.map(Opened::Inner);
-                let close =
-                    |handle| self.inner.release(nobody(), inner, 0, handle, false, false, None);
-                if let Some(Opened::Inner(handle)) = opened
-                    && let Err(error) = close(handle)
-                {
-                    log::debug!("cannot close a file: {error}");
-                }
+                let gone = self.table().unpin(known);
+                self.bury(gone);
                 Err(error)
             }
         }
@@ -248,7 +241,7 @@ impl<F: Inner> Core<F> {
         }
         let size_bytes = match self.place(node)? {
             Place::Inner(inner) => self.inner.getattr(nobody(), inner, None)?.0.size,
-            Place::Kept(file) => crate::kept::attributes(&file)?.size,
+            Place::Kept(file) => kept::attributes(&file)?.size,
             Place::Unknown => return Err(errno(libc::ESTALE)),
         };
         if let Some(Intent::Append { size_bytes: before }) = ticket::begun()

@@ -63,13 +63,24 @@ impl<F: Inner> Core<F> {
             }
             Place::Unknown => return Err(errno(libc::ESTALE)),
         };
+        let id = self.tell_open(node, (flags, is_folder), &opened)?;
+        Ok((Some(id), options))
+    }
+
+    /// Gives the guest a handle for what was opened for it.
+    pub(super) fn tell_open(
+        &self,
+        node: u64,
+        (flags, is_folder): (u32, bool),
+        opened: &Opened,
+    ) -> io::Result<u64> {
         let id = self.table().open(node, flags, is_folder, opened.clone());
         let id = id.map_err(|_full| {
-            self.close(node, &opened, is_folder);
+            self.close(node, opened, is_folder);
             errno(libc::ENFILE)
         })?;
         ticket::opened(id);
-        Ok((Some(id), options))
+        Ok(id)
     }
 
     /// Closes an open file of the guest's; `act` does so with the file server's inode and handle.
