@@ -36,7 +36,9 @@ fn qemu_storage_daemon() -> Option<Program> {
 fn nacre_blk() -> Option<Program> {
     Program::start(&built("nacre-blk"), |image, socket| {
         File::create(image).unwrap().set_len(SECTORS * SECTOR_BYTES as u64).unwrap();
-        vec!["--disk".into(), image.into(), "--socket-path".into(), socket.into()]
+        let wait = ["--lock-wait".into(), "20".into()];
+        let serve = ["--disk".into(), image.into(), "--socket-path".into(), socket.into()];
+        serve.into_iter().chain(wait).collect()
     })
 }
 

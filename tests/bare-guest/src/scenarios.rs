@@ -2,11 +2,13 @@
 
 mod blk;
 mod board;
+mod load;
 mod net;
 mod vsock;
 
 use crate::acpi::{self, Table};
 use crate::load;
+use crate::machine::inb;
 use crate::start_info::StartInfo;
 
 /// Runs one scenario; a failure panics, and the panic is reported.
@@ -29,7 +31,9 @@ pub fn run(name: &str, info: StartInfo, tables: &[Table]) {
         "blk" => blk::read_write_flush(),
         "blk-interrupts" => blk::interrupts(),
         "blk-reset" => blk::device_reset(),
-        "blk-reboot" => blk::reboot(),
+        "blk-reboot" => blk::reboot(|| {}),
+        "blk-reboot-later" => blk::reboot(wait_for_input),
+        "blk-load" => load::run(info.number("requests")),
         "net" => net::echo(),
         "vsock" => vsock::echo(),
         "load-blk" => load::blk::run(),
@@ -37,5 +41,12 @@ pub fn run(name: &str, info: StartInfo, tables: &[Table]) {
         "load-fs" => load::fs::run(),
         "load-vsock" => load::vsock::run(),
         other => panic!("no scenario {other}"),
+    }
+}
+
+/// Waits for a byte at the serial port.
+fn wait_for_input() {
+    while inb(0x3fd) & 1 == 0 {
+        core::hint::spin_loop();
     }
 }

@@ -29,6 +29,13 @@ impl StartInfo {
         core::str::from_utf8(bytes(address, len)).expect("the command line is text")
     }
 
+    /// The number that the command line gives as `key=number`.
+    pub fn number(self, key: &str) -> u32 {
+        let words = self.command_line().split_whitespace();
+        let value = words.filter_map(|word| word.split_once('=')).find(|(name, _)| *name == key);
+        value.and_then(|(_, value)| value.parse().ok()).expect("a number on the command line")
+    }
+
     pub fn rsdp(self) -> u64 {
         read64(self.0 + 32)
     }

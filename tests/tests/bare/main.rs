@@ -5,4 +5,5 @@ mod bad_input;
 mod blk;
 mod board;
 mod net;
+mod restart;
 mod vsock;

@@ -10,8 +10,8 @@ use nacre_tests::machine::Machine;
 use nacre_tests::packet::{self, PacketSocket};
 use nacre_tests::process::PATIENCE;
 
-const GUEST_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 7];
-const HOST_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
+pub(crate) const GUEST_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 7];
+pub(crate) const HOST_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
 
 fn frame(payload: &[u8]) -> Vec<u8> {
     [&GUEST_MAC[..], &HOST_MAC, &[0x88, 0xb5], payload].concat()

@@ -103,8 +103,8 @@ pub fn device_reset() {
     }
 }
 
-/// Resets the machine once; the disk remembers that it did.
-pub fn reboot() {
+/// Resets the machine once, as soon as `when` returns; the disk remembers that it did.
+pub fn reboot(when: impl FnOnce()) {
     let (_, mut disk) = disk();
     let mut mark = [0; SECTOR_SIZE];
     disk.read_blocks(5, &mut mark).expect("read the mark");
@@ -112,6 +112,7 @@ pub fn reboot() {
         disk.write_blocks(5, &[1; SECTOR_SIZE]).expect("write the mark");
         disk.flush().expect("flush");
         say!("resetting");
+        when();
         acpi::reset();
     }
     say!("second boot");
