@@ -50,13 +50,19 @@ impl Backend {
         Ok(Self { process, ..self })
     }
 
-    /// Connects to it.
+    /// Connects to it, as soon as it listens.
     ///
     /// # Errors
     ///
-    /// Fails if it does not listen.
+    /// Fails if it does not.
     pub fn connect(&self) -> Result<UnixStream> {
-        UnixStream::connect(&self.socket).with_context(|| format!("{} listens", self.program))
+        let mut connected = None;
+        until("a connection to the backend", || {
+            // Its socket is there a moment before it listens.
+            connected = UnixStream::connect(&self.socket).ok();
+            Ok(connected.is_some())
+        })?;
+        connected.with_context(|| format!("{} listens", self.program))
     }
 
     /// Where it listens.

@@ -2,8 +2,8 @@
 
 mod blk;
 mod board;
-mod load;
 mod net;
+mod storm;
 mod vsock;
 
 use crate::acpi::{self, Table};
@@ -33,7 +33,7 @@ pub fn run(name: &str, info: StartInfo, tables: &[Table]) {
         "blk-reset" => blk::device_reset(),
         "blk-reboot" => blk::reboot(|| {}),
         "blk-reboot-later" => blk::reboot(wait_for_input),
-        "blk-load" => load::run(info.number("requests")),
+        "blk-storm" => storm::run(info.number("requests")),
         "net" => net::echo(),
         "vsock" => vsock::echo(),
         "load-blk" => load::blk::run(),

@@ -57,7 +57,7 @@ fn replace(device: &str, backend: Backend, control: &mut Control, way: Way) -> R
 fn disk_survives(rounds: u64, ways: &[Way]) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let mut backend = disk(dir.path())?;
-    let requests = format!("blk-load requests={}", (rounds + 1) * LINE_EVERY);
+    let requests = format!("blk-storm requests={}", (rounds + 1) * LINE_EVERY);
     let machine = Machine::bare(&requests)?.device("disk0", "blk", backend.socket());
     let (mut control, theirs) = Control::new()?;
     let mut running = machine.control(theirs).start()?;
@@ -68,7 +68,7 @@ fn disk_survives(rounds: u64, ways: &[Way]) -> Result<()> {
     let status =
         DeviceStatus { id: "disk0".to_owned(), state: DeviceState::Active, reconnects: rounds };
     ensure!(control.status()?.devices == [status]);
-    let ended = running.wait()?.passed("blk-load")?;
+    let ended = running.wait()?.passed("blk-storm")?;
     let answered: u64 = ended.value("answered")?.parse()?;
     ensure!(answered >= (rounds + 1) * LINE_EVERY, "{answered} requests");
     Ok(())

@@ -1,4 +1,4 @@
-//! A disk under load: many requests at once, of which none may fail, get lost or come twice, and a
+//! A disk in a storm: many requests at once, of which none may fail, get lost or come twice, and a
 //! check of every block against what was last written there.
 //!
 //! The used ring is only looked at after an interrupt, so that one that gets lost is found out.
@@ -39,7 +39,7 @@ struct Slot {
 }
 
 /// The driver, the requests under way, and what every block holds.
-struct Load {
+struct Storm {
     transport: PciTransport,
     queue: VirtQueue<Identity, 128>,
     under_way: Vec<Box<Slot>>,
@@ -53,24 +53,24 @@ struct Load {
 
 /// Makes `count` requests with a line now and then, then reads every block.
 pub fn run(count: u32) {
-    let mut load = Load::start();
-    while load.answered < count {
-        load.fill();
-        load.wait();
+    let mut storm = Storm::start();
+    while storm.answered < count {
+        storm.fill();
+        storm.wait();
     }
-    while !load.under_way.is_empty() {
-        load.wait();
+    while !storm.under_way.is_empty() {
+        storm.wait();
     }
-    for block in 0..load.generations.len() {
-        load.submit(block, false);
-        while !load.under_way.is_empty() {
-            load.wait();
+    for block in 0..storm.generations.len() {
+        storm.submit(block, false);
+        while !storm.under_way.is_empty() {
+            storm.wait();
         }
     }
-    say!("answered={}", load.answered);
+    say!("answered={}", storm.answered);
 }
 
-impl Load {
+impl Storm {
     fn start() -> Self {
         let function = pci::find(DeviceType::Block, 0).expect("a block device");
         pci::enable(function);
