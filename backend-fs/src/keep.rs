@@ -11,13 +11,13 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use backend_daemon::logging::Limit;
 use backend_daemon::process::Store;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, fstat, openat, openat2};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat, openat2};
 
 /// The most files that are kept at a time, and the most that are open of them: what they take of
 /// the supervisor's descriptors and of this process's.
@@ -36,8 +36,11 @@ pub(crate) struct Keep {
     /// How many files are in the store.
     kept: AtomicUsize,
     /// What should not be there any more, but the supervisor could not be told.
-    late: Mutex<(Vec<u64>, Limit)>,
+    late: Mutex<Late>,
 }
+
+/// Nodes, and how often what goes wrong with them is logged.
+type Late = (Vec<u64>, Limit);
 
 impl Keep {
     /// The share's folder is at `root_dir`.
@@ -75,8 +78,12 @@ impl Keep {
         identity(one).is_some_and(|known| identity(other) == Some(known))
     }
 
-    /// Opens a file for what `flags` say, whatever its name.
+    /// Opens a file for what `flags` say, whatever its name. To open anything but a regular file
+    /// could do more than that.
     pub(crate) fn reopen(&self, file: &OwnedFd, flags: OFlags) -> io::Result<File> {
+        if FileType::from_raw_mode(fstat(file)?.st_mode) != FileType::RegularFile {
+            return Err(io::Error::from_raw_os_error(libc::EBADF));
+        }
         let number = file.as_raw_fd().to_string();
         let flags = (flags | OFlags::CLOEXEC) - OFlags::NOFOLLOW;
         Ok(openat(&self.proc_self_fd, number.as_str(), flags, Mode::empty())?.into())
@@ -99,13 +106,15 @@ impl Keep {
 
     /// Leaves a copy of a file to the successor; gives whether it is there.
     pub(crate) fn put(&self, node: u64, file: &OwnedFd) -> bool {
-        if self.kept.load(Ordering::Relaxed) >= MOST_KEPT {
+        // What is to be removed may be an earlier copy of this very file.
+        let is_on_time = self.catch_up(&mut self.late());
+        if !is_on_time || self.kept.load(Ordering::Relaxed) >= MOST_KEPT {
             return false;
         }
         let put = |store: &Store| store.put(node, file.as_fd());
         let Some(outcome) = self.send(put) else { return false };
         if let Err(error) = &outcome
-            && self.late.lock().unwrap_or_else(PoisonError::into_inner).1.allows()
+            && self.late().1.allows()
         {
             log::warn!("a removed file would not outlive this process: {error}");
         }
@@ -115,15 +124,25 @@ impl Keep {
 
     /// Has the supervisor close the copy.
     pub(crate) fn remove(&self, node: u64) {
-        let mut late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut late = self.late();
         late.0.push(node);
+        self.catch_up(&mut late);
+    }
+
+    fn late(&self) -> MutexGuard<'_, Late> {
+        self.late.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the supervisor what should not be there any more; gives whether it knows all of it.
+    fn catch_up(&self, late: &mut Late) -> bool {
         while let Some(node) = late.0.last().copied() {
-            match self.send(|store| store.remove(node)) {
-                Some(Err(_not_now)) => return,
-                Some(Ok(())) | None => late.0.pop(),
-            };
+            if let Some(Err(_not_now)) = self.send(|store| store.remove(node)) {
+                return false;
+            }
+            late.0.pop();
             self.kept.fetch_sub(1, Ordering::Relaxed);
         }
+        true
     }
 
     /// Nothing without a store.

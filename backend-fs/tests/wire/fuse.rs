@@ -21,6 +21,7 @@ pub(crate) enum Op {
     Setattr = 4,
     Readlink = 5,
     Symlink = 6,
+    Mknod = 8,
     Mkdir = 9,
     Unlink = 10,
     Rmdir = 11,

@@ -8,6 +8,7 @@ use backend_daemon::testing::Options;
 use crate::fuse::{Call, Entry, Guest, Op, REQUESTS, ROOT, can_sandbox, long, word};
 use crate::keeper::Keeper;
 
+const EBADF: i32 = 9;
 const EPROTO: i32 = 71;
 const ESTALE: i32 = 116;
 
@@ -128,7 +129,13 @@ fn a_file_without_a_name_takes_every_request_that_an_open_file_takes() {
     let link = Entry::parse(&link).node;
     guest.unlink(ROOT, "file").unwrap();
     guest.unlink(ROOT, "link").unwrap();
+    let mknod = Call::new(Op::Mknod, ROOT).word(0o010_644).word(0).word(0).word(0).name("fifo");
+    let fifo = Entry::parse(&guest.call(&mknod).unwrap()).node;
+    guest.unlink(ROOT, "fifo").unwrap();
     restart(&mut keeper, &mut guest);
+    for node in [link, fifo] {
+        assert_eq!(guest.open(node, 0), Err(EBADF), "to open a fifo would wait");
+    }
 
     // FATTR_MODE, UID, GID, ATIME, MTIME: mode, user and group are behind the times.
     let valid = 1 | 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5;
