@@ -1,5 +1,6 @@
 //! The command line, as typed, and the device that it describes.
 
+use std::error::Error;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,6 +9,7 @@ use backend_daemon::process::{BuildError, DaemonArgs, inherited_fd};
 
 use crate::device::{BlockDevice, Setup};
 use crate::disk::{Disk, DiskError, Mode};
+use crate::kept;
 
 /// Serves a raw disk image or a block device to one guest.
 #[derive(Debug, clap::Parser)]
@@ -18,12 +20,17 @@ pub struct Args {
         long,
         value_name = "PATH",
         conflicts_with = "disk_fd",
-        required_unless_present_any = ["disk_fd", "print_capabilities"]
+        required_unless_present_any = ["disk_fd", "stand_in", "print_capabilities"]
     )]
     disk: Option<PathBuf>,
     /// Serve what is open under this inherited descriptor instead
     #[arg(long, value_name = "N")]
     disk_fd: Option<RawFd>,
+    /// Be the disk of a predecessor (--state-fd) that can't be had any more: fail each request that
+    /// is in flight or comes. Takes the predecessor's arguments; if its disk is still there, what
+    /// it had handed to the kernel is waited for
+    #[arg(long, requires = "state_fd")]
+    stand_in: bool,
     /// Refuse writes, and let others read the image too
     #[arg(long)]
     read_only: bool,
@@ -75,6 +82,34 @@ impl Args {
     ///
     /// Fails if the disk can't be had, or can't be a disk.
     pub fn device(&self) -> Result<BlockDevice, BuildError> {
+        let estate = self.daemon.estate().map_err(BuildError::resource)?;
+        let mut serial = [0; SERIAL_BYTES];
+        serial[..self.serial.len()].copy_from_slice(self.serial.as_bytes());
+        let setup = Setup {
+            serial,
+            queues: self.num_queues,
+            queue_size: self.queue_size,
+            engine: self.engine,
+        };
+        let disk = self.disk();
+        if self.stand_in {
+            let limits = kept::read(estate.as_ref()).map_err(BuildError::state)?;
+            match disk {
+                // Who holds it may still answer into the guest's memory.
+                Err(BuildError::Resource(error)) if is_in_use(&*error) => {
+                    return Err(BuildError::Resource(error));
+                }
+                Err(error) => log::warn!("every request fails from here on: {error}"),
+                Ok(_disk) => log::warn!("every request fails from here on: a stand-in serves"),
+            }
+            return Ok(BlockDevice::stand_in(limits, setup, estate));
+        }
+        let disk = disk?;
+        kept::write(estate.as_ref(), &disk.limits).map_err(BuildError::state)?;
+        Ok(BlockDevice::new(disk, setup, estate))
+    }
+
+    fn disk(&self) -> Result<Disk, BuildError> {
         let mode = Mode {
             read_only: self.read_only,
             direct: self.direct,
@@ -87,16 +122,7 @@ impl Args {
                 .and_then(|fd| Disk::reopen(fd, &format!("descriptor {number}"), mode)),
             (None, None) => return Err(BuildError::Usage("no disk was given".to_owned())),
         };
-        let disk = disk.map_err(BuildError::resource)?;
-        let mut serial = [0; SERIAL_BYTES];
-        serial[..self.serial.len()].copy_from_slice(self.serial.as_bytes());
-        let setup = Setup {
-            serial,
-            queues: self.num_queues,
-            queue_size: self.queue_size,
-            engine: self.engine,
-        };
-        Ok(BlockDevice::new(disk, setup))
+        disk.map_err(BuildError::resource)
     }
 
     /// A predecessor that was killed may hold the lock, until what it had handed to the kernel
@@ -105,6 +131,10 @@ impl Args {
         let usual = if self.daemon.state_fd.is_some() { SUCCESSOR_WAIT_SECONDS } else { 0 };
         self.lock_wait.unwrap_or(usual)
     }
+}
+
+fn is_in_use(error: &(dyn Error + Send + Sync + 'static)) -> bool {
+    matches!(error.downcast_ref(), Some(DiskError::InUse { .. }))
 }
 
 fn queue_size(typed: &str) -> Result<u16, String> {
@@ -152,6 +182,8 @@ mod tests {
         }
         assert!(Args::try_parse_from(["nacre-blk", "--socket-path", "/s"]).is_err());
         assert!(Args::try_parse_from(["nacre-blk", "--print-capabilities"]).is_ok());
+        assert!(parse(&["--stand-in"]).is_err(), "nobody's stand-in");
+        assert!(parse(&["--stand-in", "--state-fd", "5", "--store-fd", "6"]).is_ok());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use backend_daemon::device::{
     Device, DeviceError, Interest, QueueIndex, Rings, Sources, Token, Worker,
 };
 use backend_daemon::logging::Limit;
+use backend_daemon::process::Estate;
 use backend_daemon::ring::Chain;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -16,10 +17,10 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use crate::args::EngineChoice;
 use crate::blocking::Blocking;
-use crate::disk::Disk;
+use crate::disk::{Alignment, Disk};
 use crate::job::Job;
 use crate::request::{
-    HEADER_BYTES, Header, MAX_RANGE_SECTORS, Operation, RANGE_BYTES, SECTOR_BYTES, Status,
+    HEADER_BYTES, Header, Limits, MAX_RANGE_SECTORS, Operation, RANGE_BYTES, SECTOR_BYTES, Status,
 };
 use crate::uring::Uring;
 
@@ -46,19 +47,30 @@ pub(crate) struct Setup {
 
 /// A disk as a virtio device.
 pub struct BlockDevice {
-    disk: Arc<Disk>,
+    /// None of a stand-in.
+    disk: Option<Arc<Disk>>,
+    limits: Limits,
     setup: Setup,
+    /// Kept, since its other half hangs up with it.
+    _estate: Option<Estate>,
 }
 
 impl BlockDevice {
-    pub(crate) fn new(disk: Disk, setup: Setup) -> Self {
-        Self { disk: Arc::new(disk), setup }
+    pub(crate) fn new(disk: Disk, setup: Setup, estate: Option<Estate>) -> Self {
+        let limits = disk.limits;
+        Self { disk: Some(Arc::new(disk)), limits, setup, _estate: estate }
+    }
+
+    /// In the place of a disk that is gone: every request fails.
+    pub(crate) fn stand_in(limits: Limits, setup: Setup, estate: Option<Estate>) -> Self {
+        Self { disk: None, limits, setup, _estate: estate }
     }
 
     /// An engine for one queue; says once if it can't be the good one.
     fn engine(&self, say: bool) -> Engine {
+        let Some(disk) = &self.disk else { return Engine::StandIn };
         if self.setup.engine == EngineChoice::Auto {
-            match Uring::new(&self.disk, self.setup.queue_size) {
+            match Uring::new(disk, self.setup.queue_size) {
                 Ok(uring) => return Engine::Uring(Box::new(uring)),
                 Err(error) if say => {
                     log::warn!("no io_uring, requests run one after the other: {error}");
@@ -66,7 +78,7 @@ impl BlockDevice {
                 Err(_) => {}
             }
         }
-        Engine::Blocking(Blocking::new(Arc::clone(&self.disk)))
+        Engine::Blocking(Blocking::new(Arc::clone(disk)))
     }
 
     /// How many buffers a request may have: the queue expected, but for header and status.
@@ -91,7 +103,7 @@ impl Device for BlockDevice {
     }
 
     fn features(&self) -> u64 {
-        let limits = &self.disk.limits;
+        let limits = &self.limits;
         [
             (VIRTIO_BLK_F_SEG_MAX, true),
             (VIRTIO_BLK_F_BLK_SIZE, true),
@@ -109,7 +121,7 @@ impl Device for BlockDevice {
 
     /// `struct virtio_blk_config` (virtio 1.3, section 5.2.4).
     fn config(&self) -> Vec<u8> {
-        let limits = &self.disk.limits;
+        let limits = &self.limits;
         let block_bytes = u32::try_from(limits.block_bytes).unwrap_or(u32::MAX);
         let physical_exponent = (PHYSICAL_BLOCK_BYTES / limits.block_bytes).max(1).ilog2();
         let (discard, zero) = (u32::from(limits.can_discard), u32::from(limits.can_zero));
@@ -143,11 +155,11 @@ impl Device for BlockDevice {
     }
 
     fn worker(&mut self, group: usize) -> Result<BlockWorker, DeviceError> {
-        let disk = Arc::clone(&self.disk);
         let engine = self.engine(group == 0);
         let queue = QueueIndex(u16::try_from(group).unwrap_or(u16::MAX));
         Ok(BlockWorker {
-            disk,
+            limits: self.limits,
+            alignment: self.disk.as_ref().and_then(|disk| disk.alignment),
             serial: self.setup.serial,
             queue,
             engine,
@@ -160,11 +172,15 @@ impl Device for BlockDevice {
 enum Engine {
     Uring(Box<Uring>),
     Blocking(Blocking),
+    /// There is no disk any more.
+    StandIn,
 }
 
 /// Serves one queue.
 pub struct BlockWorker {
-    disk: Arc<Disk>,
+    limits: Limits,
+    /// Set if I/O is direct.
+    alignment: Option<Alignment>,
     serial: [u8; 20],
     queue: QueueIndex,
     engine: Engine,
@@ -232,6 +248,9 @@ impl BlockWorker {
 
     /// Takes a request: answers it, or starts its job. One that parses has room for a status.
     fn take(&mut self, chain: Chain, rings: &mut Rings<'_>) -> Result<(), DeviceError> {
+        if matches!(self.engine, Engine::StandIn) {
+            return self.answer(chain, Status::IoError, 0, rings);
+        }
         match self.parse(&chain) {
             Ok(Operation::Identify) => {
                 let room = usize::try_from(chain.writable_len() - 1).unwrap_or(usize::MAX);
@@ -245,7 +264,7 @@ impl BlockWorker {
             }
             Ok(operation) if is_empty(operation) => self.answer(chain, Status::Ok, 0, rings),
             Ok(operation) => {
-                let job = Job::new(chain, operation, self.disk.alignment, self.write_through);
+                let job = Job::new(chain, operation, self.alignment, self.write_through);
                 self.start(job, rings)
             }
             Err(status) => {
@@ -263,6 +282,7 @@ impl BlockWorker {
                 let status = blocking.finish(&mut job);
                 self.end(job, status, rings)
             }
+            Engine::StandIn => self.end(job, Status::IoError, rings),
             Engine::Uring(uring) => match uring.start(job) {
                 Ok(()) => Ok(()),
                 // It was not full when the chain was popped.
@@ -280,7 +300,7 @@ impl BlockWorker {
         }
         match &mut self.engine {
             Engine::Uring(uring) => uring.submit().map_err(disk_failed),
-            Engine::Blocking(_) => Ok(()),
+            Engine::Blocking(_) | Engine::StandIn => Ok(()),
         }
     }
 
@@ -318,13 +338,13 @@ impl BlockWorker {
         let takes = chain.writable_len().checked_sub(1).ok_or(Status::IoError)?;
         let brings = chain.readable_len() - HEADER_BYTES;
         if !header.has_range() {
-            return header.operation(brings, takes, &self.disk.limits);
+            return header.operation(brings, takes, &self.limits);
         }
         let mut range = [0; 16];
         if brings != RANGE_BYTES || chain.read_at(HEADER_BYTES, &mut range).is_err() {
             return Err(Status::IoError);
         }
-        header.range_operation(range, &self.disk.limits)
+        header.range_operation(range, &self.limits)
     }
 }
 
@@ -357,7 +377,8 @@ mod tests {
         file.set_len(64 << 10).unwrap();
         let disk = Disk::adopt(file, "it", mode).unwrap();
         let engine = EngineChoice::Blocking;
-        BlockDevice::new(disk, Setup { serial: [0; 20], queues: 4, queue_size: 128, engine })
+        let setup = Setup { serial: [0; 20], queues: 4, queue_size: 128, engine };
+        BlockDevice::new(disk, setup, None)
     }
 
     #[test]
@@ -369,8 +390,8 @@ mod tests {
         assert_eq!(config[..8], 128_u64.to_le_bytes());
         assert_eq!((u32_at(12), u32_at(20)), (126, 512));
         assert_eq!((config[24], config[34]), (3, 4));
-        assert_eq!((u32_at(40), u32_at(44)), (u32::from(device.disk.limits.can_discard), 1));
-        assert_eq!(u32_at(52), u32::from(device.disk.limits.can_zero));
+        assert_eq!((u32_at(40), u32_at(44)), (u32::from(device.limits.can_discard), 1));
+        assert_eq!(u32_at(52), u32::from(device.limits.can_zero));
     }
 
     #[test]

@@ -12,6 +12,7 @@ pub mod seccomp;
 
 mod blocking;
 mod job;
+mod kept;
 mod request;
 mod sys;
 mod uring;

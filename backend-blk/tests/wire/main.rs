@@ -9,6 +9,7 @@ mod life;
 mod requests;
 mod rings;
 mod slow_disk;
+mod stand_in;
 mod sys;
 
 use std::ffi::OsStr;
