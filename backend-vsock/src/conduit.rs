@@ -22,6 +22,7 @@ pub const CONDUIT_BYTES: u32 = 64 * 1024;
 pub struct Conduit {
     read: OwnedFd,
     write: OwnedFd,
+    is_adopted: bool,
 }
 
 impl Conduit {
@@ -32,13 +33,13 @@ impl Conduit {
     /// What `pipe2` gives.
     pub fn make() -> io::Result<Self> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        Ok(Self { read, write })
+        Ok(Self { read, write, is_adopted: false })
     }
 
     /// The one that a predecessor left.
     #[must_use]
     pub fn adopt(read: OwnedFd, write: OwnedFd) -> Self {
-        Self { read, write }
+        Self { read, write, is_adopted: true }
     }
 
     /// Both ends: to read from, to write to.
@@ -47,13 +48,16 @@ impl Conduit {
         (self.read.as_fd(), self.write.as_fd())
     }
 
-    /// How many bytes are in it.
+    /// How many bytes a predecessor left in it; nothing if it had another one.
     ///
     /// # Errors
     ///
     /// What the system call gives.
-    pub fn held(&self) -> io::Result<u32> {
-        Ok(u32::try_from(ioctl_fionread(&self.read)?).unwrap_or(u32::MAX))
+    pub fn left(&self) -> io::Result<Option<u32>> {
+        if !self.is_adopted {
+            return Ok(None);
+        }
+        Ok(Some(u32::try_from(ioctl_fionread(&self.read)?).unwrap_or(u32::MAX)))
     }
 
     /// Copies memory into it. Says how many bytes fit.

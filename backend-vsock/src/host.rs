@@ -203,7 +203,7 @@ impl Folder {
     ///
     /// # Errors
     ///
-    /// Fails if the process may leave its network or its root directory not.
+    /// Fails if the host does not let the process leave its network, or its root directory.
     pub fn confine(&self) -> Result<(), ConfineError> {
         match leave_network() {
             Err(error) if self.may_keep_network => {

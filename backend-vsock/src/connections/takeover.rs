@@ -71,9 +71,15 @@ impl Connections {
     /// A delivery was under way: what is no longer in the pipe is in the socket.
     fn finish_sending(&mut self) -> io::Result<()> {
         if let Some(Part { slot, len_bytes }) = self.ledger.part(Word::Sending) {
-            let sent = len_bytes.saturating_sub(self.conduit.held()?);
+            let left = self.conduit.left()?;
             if let Some(entry) = self.table.get(slot) {
-                entry.taken(sent.min(entry.outbox.len()));
+                if let Some(left) = left {
+                    entry.taken(len_bytes.saturating_sub(left).min(entry.outbox.len()));
+                } else {
+                    log::warn!("the pipe was lost, and nobody knows what it had in it");
+                    entry.machine.apply(Event::Nonsense);
+                    entry.deafen();
+                }
                 self.save(slot);
             }
             self.ledger.set_part(Word::Sending, None);

@@ -12,8 +12,8 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::connection::{Connection, Phase};
-use crate::ledger::AREA_BYTES;
 use crate::ledger::tests::{fresh, scribble};
+use crate::ledger::{AREA_BYTES, Part};
 use crate::packet::{Header, Op, Ports, TYPE_STREAM};
 
 const CID: Cid = Cid(52);
@@ -42,6 +42,7 @@ struct World {
     folder: TempDir,
     listener: UnixListener,
     held: BTreeMap<u64, OwnedFd>,
+    is_pipe_lost: bool,
 }
 
 impl World {
@@ -49,7 +50,7 @@ impl World {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("v")).unwrap();
         let (pipe, held) = (Conduit::make().unwrap(), BTreeMap::new());
-        Self { state: fresh(), pipe, folder, listener, held }
+        Self { state: fresh(), pipe, folder, listener, held, is_pipe_lost: false }
     }
 
     /// The next life.
@@ -59,7 +60,11 @@ impl World {
         let heritage = Heritage {
             ledger: Ledger::open(self.state.clone(), CID)?,
             keep: Keep::new(None),
-            conduit: Conduit::adopt(copy(read), copy(write)),
+            conduit: if self.is_pipe_lost {
+                Conduit::make().unwrap()
+            } else {
+                Conduit::adopt(copy(read), copy(write))
+            },
             held: self.held.iter().map(|(key, fd)| (*key, copy(fd.as_fd()))).collect(),
             listener: None,
         };
@@ -161,6 +166,22 @@ fn bytes_reach_a_program_once_wherever_the_process_dies() {
         }
     }
     panic!("bytes are missing");
+}
+
+#[test]
+fn a_connection_is_reset_if_the_pipe_is_lost_that_had_its_bytes() {
+    let mut world = World::new();
+    let (slot, _program) = world.add(open(), Some(Ports { host: 2, guest: 1 }));
+    let (other, _other_program) = world.add(open(), Some(Ports { host: 2, guest: 3 }));
+    let mut connections = world.live().unwrap();
+    push(&mut connections, slot, &mut 0, 100);
+    connections.ledger.set_part(Word::Sending, Some(Part { slot, len_bytes: 100 }));
+    connections.ledger.commit();
+    world.is_pipe_lost = true;
+    let mut connections = world.live().unwrap();
+    assert_eq!(connections.table.get(slot).unwrap().machine.phase(), Phase::Resetting);
+    assert_eq!(connections.table.get(other).unwrap().machine.phase(), Phase::Open);
+    assert_eq!(connections.ledger.part(Word::Sending), None);
 }
 
 #[test]

@@ -18,7 +18,7 @@ const KILLS: usize = 200;
 /// And how many connections have to end meanwhile.
 const ENDS: usize = 50;
 /// As many steps as a process lives through at the most.
-const STEPS: u64 = 400;
+const STEPS: u64 = 300;
 /// How many conversations there are at a time that never end, and that do.
 const LONG: u32 = 4;
 const SHORT: usize = 4;
