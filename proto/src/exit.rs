@@ -108,6 +108,20 @@ pub enum RunExit {
     NotFound = 127,
 }
 
+/// Exit codes of `nacre device`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum DeviceExit {
+    /// As asked.
+    Done = 0,
+    /// The new program does not serve; the old one does again.
+    FellBack = 1,
+    /// The device is not served; its supervisor goes on trying.
+    NotBack = 2,
+    /// Nothing was done.
+    Refused = 125,
+}
+
 impl From<VmmExit> for u8 {
     fn from(exit: VmmExit) -> Self {
         exit as Self
@@ -122,6 +136,12 @@ impl From<BackendExit> for u8 {
 
 impl From<RunExit> for u8 {
     fn from(exit: RunExit) -> Self {
+        exit as Self
+    }
+}
+
+impl From<DeviceExit> for u8 {
+    fn from(exit: DeviceExit) -> Self {
         exit as Self
     }
 }

@@ -5,6 +5,7 @@
 pub mod exit;
 pub mod store;
 pub mod stream;
+pub mod supervisor;
 pub mod vmm;
 
 mod generated;

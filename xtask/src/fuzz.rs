@@ -34,6 +34,11 @@ const TARGETS: &[Target] = &[
         "nacre-proto",
         "store::tests::any_datagram_is_decoded_to_what_encodes_it_or_refused",
     ),
+    (
+        "supervisor-message",
+        "nacre-proto",
+        "supervisor::tests::any_datagram_is_decoded_or_refused_without_panic",
+    ),
     ("stream-hello", "nacre-proto", "stream::tests::any_bytes_decode_or_fail_without_panic"),
     (
         "blk-request",

@@ -1,0 +1,157 @@
+//! A supervisor's own control socket: one JSON document in one `SOCK_SEQPACKET` datagram, either
+//! way, framed as the VMM's are ([`crate::vmm::encode`], [`crate::vmm::decode`]).
+//!
+//! Whoever connects sends one [`Request`], gets one [`Answer`], and is hung up on.
+
+use serde::{Deserialize, Serialize};
+
+/// From whoever connected.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// What devices there are; answered by [`Answer::Devices`].
+    ListDevices,
+    /// Replace the device's process in order, without the guest noticing.
+    ReplaceDevice {
+        /// The device's id.
+        device: String,
+        /// The absolute path of another program than the one that it is started from; later
+        /// processes are then started from it, too.
+        program: Option<String>,
+    },
+}
+
+/// From the supervisor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// The devices, in the order of the VMM's.
+    Devices(Vec<Device>),
+    /// The device has another process.
+    Replaced {
+        /// How long the device had none, in milliseconds.
+        unserved_ms: u64,
+    },
+    /// Nothing was done, and why.
+    Refused(String),
+    /// The new program does not serve, and why; the old one does again.
+    FellBack(String),
+    /// The device has no process that serves, and why; the supervisor goes on trying.
+    NotBack(String),
+}
+
+/// A device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Device {
+    /// Its id.
+    pub id: String,
+    /// What kind of device it is: the VMM's word.
+    pub kind: String,
+    /// How it is.
+    pub state: DeviceState,
+    /// The id of its process, or of its last one.
+    pub pid: i32,
+    /// What its processes are started from.
+    pub program: String,
+    /// How many processes came after the first one and served.
+    pub restarts: u64,
+    /// Whether the device outlives its process.
+    pub restartable: bool,
+}
+
+/// How a device is, as its supervisor sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceState {
+    /// A process serves it.
+    Serving,
+    /// It has no process and will get one.
+    Lost,
+    /// A process is being started for it.
+    Starting,
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::proptest;
+
+    use super::*;
+    use crate::vmm::{decode, encode};
+
+    #[test]
+    fn requests_have_the_documented_bytes() {
+        let device = || "disk-0".to_owned();
+        let program = Some("/new".to_owned());
+        for (request, text) in [
+            (Request::ListDevices, &br#""list-devices""#[..]),
+            (
+                Request::ReplaceDevice { device: device(), program: None },
+                br#"{"replace-device":{"device":"disk-0","program":null}}"#,
+            ),
+            (
+                Request::ReplaceDevice { device: device(), program },
+                br#"{"replace-device":{"device":"disk-0","program":"/new"}}"#,
+            ),
+        ] {
+            assert_eq!(encode(&request).unwrap(), text);
+            assert_eq!(decode::<Request>(text).unwrap(), request);
+        }
+    }
+
+    #[test]
+    fn answers_have_the_documented_bytes() {
+        let device = Device {
+            id: "disk-0".to_owned(),
+            kind: "blk".to_owned(),
+            state: DeviceState::Serving,
+            pid: 7,
+            program: "/nacre-blk".to_owned(),
+            restarts: 2,
+            restartable: true,
+        };
+        let list = concat!(
+            r#"{"devices":[{"id":"disk-0","kind":"blk","state":"serving","pid":7,"#,
+            r#""program":"/nacre-blk","restarts":2,"restartable":true}]}"#
+        );
+        let why = || "why".to_owned();
+        for (answer, text) in [
+            (Answer::Devices(vec![device]), list),
+            (Answer::Replaced { unserved_ms: 12 }, r#"{"replaced":{"unserved_ms":12}}"#),
+            (Answer::Refused(why()), r#"{"refused":"why"}"#),
+            (Answer::FellBack(why()), r#"{"fell-back":"why"}"#),
+            (Answer::NotBack(why()), r#"{"not-back":"why"}"#),
+        ] {
+            assert_eq!(encode(&answer).unwrap(), text.as_bytes());
+            assert_eq!(decode::<Answer>(text.as_bytes()).unwrap(), answer);
+        }
+    }
+
+    #[test]
+    fn unknown_and_missing_things_are_refused() {
+        for text in [
+            r#""list""#,
+            r#"{"replace-device":{"program":null}}"#,
+            r#"{"replace-device":{"device":"a","program":null,"force":true}}"#,
+            r#"{"replace-device":{"device":7,"program":null}}"#,
+            r#""list-devices" "list-devices""#,
+            "",
+        ] {
+            assert!(decode::<Request>(text.as_bytes()).is_err(), "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_datagram_is_decoded_or_refused_without_panic(bytes: Vec<u8>) {
+            decode::<Request>(&bytes).ok();
+            decode::<Answer>(&bytes).ok();
+        }
+
+        #[test]
+        fn any_request_comes_back_as_it_was(device: String, program: Option<String>) {
+            let request = Request::ReplaceDevice { device, program };
+            assert_eq!(decode::<Request>(&encode(&request).unwrap()).unwrap(), request);
+        }
+    }
+}
