@@ -28,6 +28,9 @@ use crate::{
 /// How many of a child's last lines are repeated when everything is told.
 const DEBUG_LINES: usize = 100;
 
+/// How large a child's log may be when another one goes on writing to it, in bytes.
+const LOG_BYTES: u64 = 1 << 20;
+
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
@@ -139,7 +142,7 @@ impl Launch {
         self
     }
 
-    /// Starts it. What it prints goes to `log`.
+    /// Starts it. What it prints goes to the end of `log`.
     ///
     /// # Errors
     ///
@@ -151,7 +154,7 @@ impl Launch {
         }
         let log_error =
             |source| ChildError::Log { name: name.clone(), path: log.to_owned(), source };
-        let output = log_file::create(log).map_err(log_error)?;
+        let (output, log_start_bytes) = log_file::go_on(log, LOG_BYTES).map_err(log_error)?;
         let errors = output.try_clone().map_err(log_error)?;
         log::debug!("starts {} {arguments:?}", program.display());
         let mut command = Command::new(&program);
@@ -162,7 +165,21 @@ impl Launch {
             path: program,
             source,
         })?;
-        Child::watch(name, process, log.to_owned())
+        Child::watch(name, process, Log { path: log.to_owned(), start_bytes: log_start_bytes })
+    }
+}
+
+/// Where a child prints to.
+#[derive(Debug)]
+struct Log {
+    path: PathBuf,
+    /// What is before belongs to its predecessors.
+    start_bytes: u64,
+}
+
+impl Log {
+    fn tail(&self, lines: usize) -> Option<String> {
+        log_file::tail_from(&self.path, self.start_bytes, lines)
     }
 }
 
@@ -174,15 +191,11 @@ pub struct Child {
     process: std::process::Child,
     pid: Pid,
     pidfd: AsyncFd<OwnedFd>,
-    log: PathBuf,
+    log: Log,
 }
 
 impl Child {
-    fn watch(
-        name: String,
-        mut process: std::process::Child,
-        log: PathBuf,
-    ) -> Result<Self, ChildError> {
+    fn watch(name: String, mut process: std::process::Child, log: Log) -> Result<Self, ChildError> {
         let pid = Pid::from_child(&process);
         let watched = pidfd_open(pid, PidfdFlags::NONBLOCK)
             .map_err(io::Error::from)
@@ -216,7 +229,7 @@ impl Child {
     /// The last lines that it printed, fit for a terminal.
     #[must_use]
     pub fn last_words(&self) -> Option<String> {
-        log_file::tail(&self.log, 1)
+        self.log.tail(1)
     }
 
     /// Waits until it has ended. May be called again, and dropped while waiting.
@@ -258,7 +271,7 @@ impl Child {
 impl Drop for Child {
     fn drop(&mut self) {
         if log::log_enabled!(log::Level::Debug)
-            && let Some(said) = log_file::tail(&self.log, DEBUG_LINES)
+            && let Some(said) = self.log.tail(DEBUG_LINES)
         {
             log::debug!("{} said at the end:\n{said}", self.name);
         }

@@ -24,6 +24,23 @@ pub fn create(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// Opens a file that only its owner can read, to be appended to; what is in it goes to its
+/// predecessor if it is more than `cap_bytes`. Also the place where it goes on.
+///
+/// # Errors
+///
+/// Fails as opening a file does.
+pub fn go_on(path: &Path, cap_bytes: u64) -> io::Result<(File, u64)> {
+    let open = || OpenOptions::new().append(true).create(true).mode(0o600).open(path);
+    let mut file = open()?;
+    if file.metadata()?.len() > cap_bytes {
+        fs::rename(path, predecessor(path))?;
+        file = open()?;
+    }
+    let len_bytes = file.metadata()?.len();
+    Ok((file, len_bytes))
+}
+
 /// A file of at most `cap` bytes and one predecessor of the same size, `<path>.1`.
 #[derive(Debug)]
 pub struct CappedFile {
@@ -73,9 +90,16 @@ pub fn predecessor(path: &Path) -> PathBuf {
 /// The last `lines` lines that are not empty, fit for a terminal; `None` if there are none.
 #[must_use]
 pub fn tail(path: &Path, lines: usize) -> Option<String> {
+    tail_from(path, 0, lines)
+}
+
+/// The same, of what comes after the first `start_bytes`.
+#[must_use]
+pub fn tail_from(path: &Path, start_bytes: u64, lines: usize) -> Option<String> {
     let mut file = File::open(path).ok()?;
     let len_bytes = file.metadata().ok()?.len();
-    file.seek(SeekFrom::Start(len_bytes.saturating_sub(TAIL_BYTES))).ok()?;
+    let start_bytes = start_bytes.max(len_bytes.saturating_sub(TAIL_BYTES));
+    file.seek(SeekFrom::Start(start_bytes)).ok()?;
     let mut bytes = Vec::new();
     file.take(TAIL_BYTES).read_to_end(&mut bytes).ok()?;
     let text = String::from_utf8_lossy(&bytes);
@@ -123,6 +147,19 @@ mod tests {
         }
         assert_eq!(fs::read_to_string(&path).unwrap(), "ABCDEF");
         assert_eq!(fs::read_to_string(predecessor(&path)).unwrap(), "abcdef");
+    }
+
+    #[test]
+    fn a_file_goes_on_until_it_is_too_large() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        for (text, at, last) in [("one\n", 0, "one"), ("two\n", 4, "two"), ("x\n", 0, "x")] {
+            let (mut file, start) = go_on(&path, 6).unwrap();
+            assert_eq!((start, tail_from(&path, start, 1)), (at, None));
+            file.write_all(text.as_bytes()).unwrap();
+            assert_eq!(tail_from(&path, start, 9).unwrap(), last);
+        }
+        assert_eq!(fs::read_to_string(predecessor(&path)).unwrap(), "one\ntwo\n");
     }
 
     #[test]

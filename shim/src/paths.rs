@@ -57,6 +57,12 @@ impl SandboxFiles {
         self.folder.join("vsock")
     }
 
+    /// The socket at which the supervisor answers.
+    #[must_use]
+    pub fn control(&self) -> PathBuf {
+        self.folder.join("ctl")
+    }
+
     /// What the guest's kernel printed.
     #[must_use]
     pub fn console(&self) -> PathBuf {

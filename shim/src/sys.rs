@@ -107,7 +107,20 @@ pub fn fork() -> io::Result<Forked> {
 ///
 /// Fails if the kernel can't poll it.
 pub(crate) fn watch_readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    watch(fd, Interest::READABLE)
+}
+
+/// Lets the runtime watch `fd` for becoming readable and writable.
+///
+/// # Errors
+///
+/// Fails if the kernel can't poll it.
+pub(crate) fn watch_socket(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    watch(fd, Interest::READABLE | Interest::WRITABLE)
+}
+
+fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the descriptor must stay open and the same as long as it is registered: an `OwnedFd`
     // gives out one number for its whole life, and the registration owns it.
-    unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(io::Error::from)
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
 }

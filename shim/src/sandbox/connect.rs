@@ -41,7 +41,7 @@ impl VmUp {
         Ok(AgentUp { agent, vm: self })
     }
 
-    async fn reach_agent(&self) -> Result<Agent, SandboxError> {
+    async fn reach_agent(&mut self) -> Result<Agent, SandboxError> {
         let limit = self.base.settings.agent_timeout;
         let vsock = self.base.files.vsock();
         let mut console = self.vmm.console();

@@ -6,13 +6,14 @@ use nacre_proto::agent::CreateContainerRequest;
 
 use crate::{
     agent::{Agent, ProcessId},
-    backends::{Backends, Surroundings, VmmEnd},
-    child::Child,
+    backends::{Backends, Devices, Surroundings, VmmEnd},
+    cgroup::CgroupError,
     fault::{self, Step},
     paths::SandboxFiles,
     plan::SandboxPlan,
     record::{Phase, ProcessRecord, Record, VERSION},
-    sandbox::{Running, SandboxError, Settings, host::HostResources},
+    registry::RegistryError,
+    sandbox::{Running, SandboxError, Settings, control::ControlSocket, host::HostResources},
     streams::{Ends, Streams},
     timing::{self, Timeline},
     vmm::Vmm,
@@ -90,13 +91,10 @@ pub(super) struct Base {
 }
 
 impl Base {
-    fn surroundings<'a>(&'a self, host: &'a HostResources) -> Surroundings<'a> {
-        Surroundings {
-            programs: &self.settings.programs,
-            files: &self.files,
-            cgroup: host.cgroup.as_ref(),
-            log_level: self.settings.log_level,
-        }
+    fn surroundings(&self, host: &HostResources) -> Result<Surroundings, CgroupError> {
+        let Settings { programs, log_level, .. } = &self.settings;
+        Surroundings::new(programs.clone(), self.files.clone(), *log_level)
+            .within(host.cgroup.as_ref())
     }
 }
 
@@ -121,11 +119,12 @@ impl Claimed {
     /// Fails if one can't be started.
     pub async fn spawn_backends(self) -> Result<BackendsUp, SandboxError> {
         let Self { host, base } = self;
+        let surroundings = base.surroundings(&host)?;
         let (backends, ends) =
-            Backends::start(&base.plan.devices, base.surroundings(&host), host.network.as_ref())?;
+            Backends::start(&base.plan.devices, &surroundings, host.network.as_ref())?;
         let mut up = BackendsUp { backends, ends, host, base };
         fault::point(Step::BackendsSpawned)?;
-        record_children(&mut up.host, up.backends.children())?;
+        record_children(&mut up.host, up.backends.records())?;
         up.backends.ready().await.map_err(SandboxError::BackendStart)?;
         up.base.timeline.mark("backends ready");
         fault::point(Step::BackendsReady)?;
@@ -133,13 +132,12 @@ impl Claimed {
     }
 }
 
-fn record_children<'a>(
+pub(super) fn record_children(
     host: &mut HostResources,
-    children: impl Iterator<Item = &'a Child>,
-) -> Result<(), SandboxError> {
+    children: Vec<ProcessRecord>,
+) -> Result<(), RegistryError> {
     let Some(registration) = &mut host.registration else { return Ok(()) };
-    let children: Vec<ProcessRecord> = children.map(Child::record).collect();
-    Ok(registration.update(|record| record.children.extend(children))?)
+    registration.update(|record| record.children = children)
 }
 
 /// All backends serve.
@@ -159,22 +157,35 @@ impl BackendsUp {
     /// Fails if it can't be started; that it ends again is seen by the next step.
     pub fn start_vmm(self) -> Result<VmUp, SandboxError> {
         let Self { backends, ends, host, base } = self;
-        let vmm = Vmm::start(&base.plan, base.surroundings(&host), ends)?;
-        let mut up = VmUp { vmm, backends, host, base };
+        let vmm = Vmm::start(&base.plan, &base.surroundings(&host)?, ends)?;
+        let devices = backends.keep(&vmm.link());
+        let path = base.files.control();
+        let control = ControlSocket::open(path.clone(), devices.handles())
+            .map_err(|source| SandboxError::Control { path, source })?;
+        let mut up = VmUp { control, vmm, devices, host, base };
         up.base.timeline.mark(timing::VMM_START);
-        record_children(&mut up.host, std::iter::once(up.vmm.child()))?;
+        up.record_children()?;
         fault::point(Step::Vmm)?;
         Ok(up)
     }
 }
 
 /// The guest boots. In the order of the fields it is taken down.
-#[derive(Debug)]
 pub struct VmUp {
+    pub(super) control: ControlSocket,
     pub(super) vmm: Vmm,
-    pub(super) backends: Backends,
+    pub(super) devices: Devices,
     pub(super) host: HostResources,
     pub(super) base: Base,
+}
+
+impl VmUp {
+    /// Writes down which processes there are now.
+    pub(super) fn record_children(&mut self) -> Result<(), RegistryError> {
+        let mut children = self.devices.records();
+        children.push(self.vmm.child().record());
+        record_children(&mut self.host, children)
+    }
 }
 
 /// The guest is ready for containers.

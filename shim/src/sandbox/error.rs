@@ -52,6 +52,14 @@ pub enum SandboxError {
         /// The last lines that the guest's kernel printed.
         console: Option<String>,
     },
+    /// The supervisor's own socket can't be made.
+    #[error("no control socket at {}", path.display())]
+    Control {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// The agent never answered.
     #[error("the guest's agent does not answer: no sign of progress for {} s", waited.as_secs())]
     AgentSilent {
@@ -117,9 +125,7 @@ impl SandboxError {
         match self {
             Self::Registry(error) => error.exit(),
             Self::Network(_) => RunExit::Network,
-            Self::Cgroup(_)
-            | Self::Backend(BackendError::Cgroup(_))
-            | Self::Vmm(VmmError::Cgroup(_)) => RunExit::Limits,
+            Self::Cgroup(_) => RunExit::Limits,
             Self::Backend(BackendError::Child(error)) | Self::Vmm(VmmError::Child(error))
                 if error.is_about_program() =>
             {

@@ -15,6 +15,7 @@
 //! a wait for the death of a process, and a death is reported as what it is.
 
 mod connect;
+mod control;
 mod create;
 mod error;
 mod host;

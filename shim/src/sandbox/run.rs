@@ -5,13 +5,14 @@ use std::{future, time::Duration};
 
 use tokio::{
     sync::mpsc,
-    time::{Instant, sleep_until},
+    time::{Instant, sleep_until, timeout},
 };
 
 use nacre_proto::exit::RunExit;
 
 use crate::{
     agent::{Agent, ProcessEnd, ProcessId},
+    child::End,
     sandbox::{
         Ended, Request, SandboxError,
         create::VmUp,
@@ -35,10 +36,15 @@ const KILLED: u8 = 128 + 9;
 
 /// See the module.
 pub struct Running {
-    process: ProcessId,
-    agent: Agent,
+    container: Container,
     streams: Streams,
     vm: VmUp,
+}
+
+/// The container, as far as it can be told something.
+struct Container {
+    process: ProcessId,
+    agent: Agent,
 }
 
 /// How the container's end was come to.
@@ -49,13 +55,8 @@ enum Outcome {
     GivenUp,
 }
 
-impl Running {
-    pub(super) fn new(process: ProcessId, agent: Agent, streams: Streams, vm: VmUp) -> Self {
-        Self { process, agent, streams, vm }
-    }
-
-    /// Tells the container's terminal its size.
-    pub(super) fn resize(&self, columns: u16, rows: u16) {
+impl Container {
+    fn resize(&self, columns: u16, rows: u16) {
         let (agent, process) = (self.agent.clone(), self.process.clone());
         tokio::spawn(async move {
             if let Err(error) = agent.resize(&process, columns, rows).await {
@@ -71,6 +72,17 @@ impl Running {
                 log::warn!("signal {signal} was not passed on: {error}");
             }
         });
+    }
+}
+
+impl Running {
+    pub(super) fn new(process: ProcessId, agent: Agent, streams: Streams, vm: VmUp) -> Self {
+        Self { container: Container { process, agent }, streams, vm }
+    }
+
+    /// Tells the container's terminal its size.
+    pub(super) fn resize(&self, columns: u16, rows: u16) {
+        self.container.resize(columns, rows);
     }
 
     /// Serves requests until the container ends, then takes everything down but what the answer
@@ -90,13 +102,13 @@ impl Running {
         if self.vm.base.settings.measure {
             self.measure("until the container ended").await;
         }
-        let Self { process, agent, streams, mut vm } = self;
+        let Self { container, streams, mut vm } = self;
         vm.base.timeline.mark("container ended");
         let code = match outcome {
             Outcome::GivenUp => KILLED,
             Outcome::Process(end) => {
-                drain(&vm, streams, &mut requests).await;
-                shut_down(&vm, &agent, &process).await;
+                drain(&mut vm, streams, &mut requests).await;
+                shut_down(&mut vm, &container).await;
                 if end.out_of_memory && end.code == KILLED {
                     log::error!("the container was out of memory: the guest's kernel killed it");
                     RunExit::OutOfMemory.into()
@@ -105,18 +117,21 @@ impl Running {
                 }
             }
         };
-        let VmUp { vmm, backends, host, mut base } = vm;
+        let VmUp { control, vmm, mut devices, host, mut base } = vm;
+        drop(control);
         drop(vmm);
-        drop(backends);
+        devices.stop(OFF_WITHIN).await;
+        drop(devices);
         base.timeline.mark("guest gone");
         Ok((Ended { code, timeline: base.timeline }, host))
     }
 
     async fn until_end(
-        &self,
+        &mut self,
         requests: &mut mpsc::Receiver<Request>,
     ) -> Result<Outcome, SandboxError> {
-        let wait = self.vm.guarded(self.agent.wait(&self.process));
+        let Self { container, streams, vm } = self;
+        let wait = vm.guarded(container.agent.wait(&container.process));
         tokio::pin!(wait);
         let mut patience = Patience::Calm;
         let mut given_up_at = None;
@@ -126,7 +141,7 @@ impl Running {
                 end = &mut wait => return end.map(Outcome::Process),
                 Some(request) = requests.recv() => match request {
                     Request::Resize { columns, rows } => {
-                        self.resize(columns, rows);
+                        container.resize(columns, rows);
                         continue;
                     }
                     Request::Signal(signal) => {
@@ -135,7 +150,7 @@ impl Running {
                         reaction
                     }
                 },
-                () = self.streams.unread(), if is_read => {
+                () = streams.unread(), if is_read => {
                     log::info!("nobody reads the container's output: it has to end");
                     is_read = false;
                     patience = patience.on_unread(Instant::now().into());
@@ -149,10 +164,10 @@ impl Running {
                 () = at(given_up_at) => return Ok(Outcome::GivenUp),
             };
             match reaction {
-                Reaction::Forward(signal) => self.signal(signal, false),
+                Reaction::Forward(signal) => container.signal(signal, false),
                 Reaction::Kill => {
                     log::info!("ends the container by force");
-                    self.signal(libc::SIGKILL, true);
+                    container.signal(libc::SIGKILL, true);
                     given_up_at = Some(Instant::now() + KILLED_WITHIN);
                 }
                 Reaction::TearDown => return Ok(Outcome::GivenUp),
@@ -161,7 +176,8 @@ impl Running {
     }
 
     async fn measure(&mut self, until: &str) {
-        match self.vm.vmm.status(STATUS_WITHIN).await {
+        let link = self.vm.vmm.link();
+        match self.vm.guarded(link.status(STATUS_WITHIN)).await {
             Ok(status) => self.vm.base.timeline.take(&status, until),
             Err(error) => log::warn!("no figures from the VMM: {error}"),
         }
@@ -178,7 +194,7 @@ async fn at(deadline: Option<Instant>) {
 
 /// Waits for the rest of the output. The end of the program is known, so neither a death nor a
 /// signal changes the exit code any more.
-async fn drain(vm: &VmUp, streams: Streams, requests: &mut mpsc::Receiver<Request>) {
+async fn drain(vm: &mut VmUp, streams: Streams, requests: &mut mpsc::Receiver<Request>) {
     let drained = async {
         streams.finish(DRAINED_WITHIN).await;
         Ok::<(), SandboxError>(())
@@ -200,17 +216,29 @@ async fn drain(vm: &VmUp, streams: Streams, requests: &mut mpsc::Receiver<Reques
 }
 
 /// Lets the guest end in order; if it does not, it is ended anyway.
-async fn shut_down(vm: &VmUp, agent: &Agent, process: &ProcessId) {
-    if let Err(error) = agent.delete(process).await {
-        log::debug!("{error}");
-    }
-    if let Err(error) = agent.shutdown(SHUTDOWN_WITHIN).await {
-        log::warn!("the guest is ended without its consent: {error}");
-        return;
-    }
-    match vm.vmm.child().ended_within(OFF_WITHIN).await {
-        Some(end) => log::debug!("nacre-vmm {end}"),
+async fn shut_down(vm: &mut VmUp, container: &Container) {
+    let Container { process, agent } = container;
+    let asked = async {
+        if let Err(error) = agent.delete(process).await {
+            log::debug!("{error}");
+        }
+        agent.shutdown(SHUTDOWN_WITHIN).await
+    };
+    // What the guest still writes needs its devices.
+    let death = tokio::select! {
+        biased;
+        result = asked => match result {
+            Ok(()) => timeout(OFF_WITHIN, vm.death()).await.ok(),
+            Err(error) => {
+                log::warn!("the guest is ended without its consent: {error}");
+                return;
+            }
+        },
+        death = vm.death() => Some(death),
+    };
+    match death {
+        Some(SandboxError::VmmEnded { end: End::Code(0), .. }) => log::debug!("the guest is off"),
+        Some(death) => log::warn!("the guest did not end in order: {death}"),
         None => log::debug!("the guest does not power off: it is ended"),
     }
-    vm.backends.stop(OFF_WITHIN).await;
 }

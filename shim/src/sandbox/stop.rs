@@ -1,9 +1,8 @@
 //! Ending a sandbox from outside its supervisor.
 //!
-//! There is no socket to the supervisor: the container is signalled through the agent, which takes
-//! any number of connections, and the supervisor itself by signals to the very process that the
-//! record names. So a supervisor parses nothing from other programs, and one that hangs can still
-//! be ended.
+//! The supervisor's control socket has no part in it: the container is signalled through the agent,
+//! which takes any number of connections, and the supervisor itself by signals to the very process
+//! that the record names. So a supervisor that hangs can still be ended.
 
 use std::{os::fd::OwnedFd, time::Duration};
 

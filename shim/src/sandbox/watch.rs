@@ -8,7 +8,7 @@ use tokio::time::timeout;
 
 use crate::{
     agent::AgentError,
-    backends::BackendError,
+    backends::{BackendError, Happening},
     child::{ChildError, End},
     log_file,
     sandbox::{SandboxError, create::VmUp},
@@ -25,25 +25,37 @@ const CONSOLE_LINES: usize = 12;
 const PANIC: &str = "Kernel panic - ";
 
 impl VmUp {
-    /// Resolves when a process that the sandbox can't do without has ended, with the reason.
-    pub(super) async fn death(&self) -> SandboxError {
-        tokio::select! {
-            end = self.vmm.child().ended() => match end {
-                Ok(end) => self.vmm_ended(end).await,
-                Err(error) => BackendError::Child(ChildError::Watch {
-                    name: "nacre-vmm".to_owned(),
-                    source: error,
-                }).into(),
-            },
-            error = self.backends.ended() => self.backend_ended(error).await,
+    /// Keeps the devices served, and resolves when a process that the sandbox can't do without has
+    /// ended, with the reason.
+    pub(super) async fn death(&mut self) -> SandboxError {
+        loop {
+            let happening = tokio::select! {
+                end = self.vmm.child().ended() => match end {
+                    Ok(end) => return self.vmm_ended(end).await,
+                    Err(error) => return BackendError::Child(ChildError::Watch {
+                        name: "nacre-vmm".to_owned(),
+                        source: error,
+                    }).into(),
+                },
+                happening = self.devices.next() => happening,
+            };
+            match happening {
+                Happening::GivenUp(error) => return self.backend_ended(error).await,
+                // Only what cleans up after a killed supervisor reads it.
+                Happening::Replaced => {
+                    if let Err(error) = self.record_children() {
+                        log::warn!("{error}");
+                    }
+                }
+            }
         }
     }
 
-    async fn vmm_ended(&self, end: End) -> SandboxError {
+    async fn vmm_ended(&mut self, end: End) -> SandboxError {
         if matches!(vmm::meaning(end), Some(VmmExit::Backend | VmmExit::Failed)) {
-            let backend = timeout(EXPLANATION, self.backends.ended()).await;
-            if let Ok(error @ BackendError::Ended { end, .. }) = backend
-                && end != End::Code(0)
+            let devices = timeout(EXPLANATION, self.devices.given_up()).await;
+            if let Ok(error) = devices
+                && error.end().is_some_and(|end| end != End::Code(0))
             {
                 return error.into();
             }
@@ -63,7 +75,7 @@ impl VmUp {
 
     async fn backend_ended(&self, error: BackendError) -> SandboxError {
         // A backend whose connection is over ends in order: then it was the VMM that went first.
-        if let BackendError::Ended { end: End::Code(0), .. } = error
+        if error.end() == Some(End::Code(0))
             && let Some(end) = self.vmm.child().ended_within(EXPLANATION).await
         {
             return self.vmm_end(end).await;
@@ -77,7 +89,7 @@ impl VmUp {
 
     /// Waits for `work` and for the death of a process; a death explains a broken connection.
     pub(super) async fn guarded<T, E: Into<SandboxError>>(
-        &self,
+        &mut self,
         work: impl Future<Output = Result<T, E>>,
     ) -> Result<T, SandboxError> {
         let error = tokio::select! {

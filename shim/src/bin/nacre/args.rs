@@ -29,6 +29,9 @@ pub(crate) enum Command {
     Logs(Logs),
     /// End a sandbox: SIGTERM, then SIGKILL, then the machine itself.
     Stop(Stop),
+    /// Look at a sandbox's devices, or replace the process of one while the guest runs.
+    #[command(subcommand)]
+    Device(Device),
     /// Remove a sandbox that has ended, and what is left of one whose supervisor died.
     Rm(Rm),
 }
@@ -182,6 +185,45 @@ pub(crate) struct Rm {
     /// Which sandboxes.
     #[arg(required = true)]
     pub(crate) names: Vec<SandboxName>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Device {
+    /// List the devices and their processes.
+    List(DeviceList),
+    /// Replace a device's process by a new one of the same program.
+    Restart(DeviceRestart),
+    /// Replace a device's process by one of another program, which later ones are started from,
+    /// too. If it does not serve, the old one is started again.
+    Upgrade(DeviceUpgrade),
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct DeviceList {
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Of which sandbox.
+    pub(crate) name: SandboxName,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct DeviceRestart {
+    /// Of which sandbox.
+    pub(crate) name: SandboxName,
+    /// Which device.
+    pub(crate) device: String,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct DeviceUpgrade {
+    /// The program; what is at the path of the running one unless given.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) binary: Option<PathBuf>,
+    /// Of which sandbox.
+    pub(crate) name: SandboxName,
+    /// Which device.
+    pub(crate) device: String,
 }
 
 #[cfg(test)]

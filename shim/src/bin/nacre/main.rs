@@ -2,6 +2,7 @@
 
 mod args;
 mod daemon;
+mod device;
 mod exec;
 mod failure;
 mod logger;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
         Command::Exec(exec) => exec::exec(&exec),
         Command::Logs(logs) => logs::logs(&logs),
         Command::Stop(stop) => stop::stop(&stop),
+        Command::Device(device) => device::device(&device),
         Command::Rm(rm) => stop::remove(&rm),
     };
     match result {

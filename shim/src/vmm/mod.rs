@@ -1,43 +1,30 @@
 //! The VMM: started with the guest's devices handed in, asked through its control socket, and
 //! listened to where the guest's kernel prints.
 
+mod link;
+
 use std::{
     io,
-    os::fd::OwnedFd,
     path::PathBuf,
     time::{Duration, Instant},
 };
 
-use nacre_proto::{
-    exit::VmmExit,
-    vmm::{self, Command, MessageError, Outcome, Request, Status, Told},
-};
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
-};
-use tokio::{
-    io::{AsyncReadExt, unix::AsyncFd},
-    net::unix::pipe,
-    sync::watch,
-    task::JoinSet,
-    time::timeout,
-};
+use nacre_proto::{exit::VmmExit, vmm::MessageError};
+use tokio::{io::AsyncReadExt, net::unix::pipe, sync::watch, task::JoinSet, time::timeout};
 
 use crate::{
     backends::{Surroundings, VmmEnd},
-    cgroup::CgroupError,
     child::{Child, ChildError, End},
     log_file::{self, CappedFile},
-    plan::SandboxPlan,
-    sys,
+    plan::{DevicePlan, SandboxPlan},
 };
+
+pub(crate) use link::{Link, Loss, pair};
 
 /// How much of what the guest's kernel prints is kept, in bytes; once more before that.
 const CONSOLE_BYTES: u64 = 1 << 20;
 /// How many of the console's last lines are repeated when everything is told.
 const DEBUG_LINES: usize = 60;
-/// One request is outstanding at a time, so one id will do.
-const REQUEST_ID: u64 = 1;
 
 /// Why there is no VMM.
 #[derive(Debug, thiserror::Error)]
@@ -45,9 +32,6 @@ pub enum VmmError {
     /// It can't be started.
     #[error(transparent)]
     Child(#[from] ChildError),
-    /// It can't be put into the host's cgroup.
-    #[error(transparent)]
-    Cgroup(#[from] CgroupError),
     /// What it is to be started with can't be made.
     #[error("nacre-vmm: no {what} for it")]
     Prepare {
@@ -67,15 +51,27 @@ pub enum VmmError {
     Refused(String),
 }
 
+impl VmmError {
+    /// Whether the VMM has hung up, as it does when it ends.
+    pub(crate) fn is_hang_up(&self) -> bool {
+        let gone = [
+            io::ErrorKind::UnexpectedEof,
+            io::ErrorKind::BrokenPipe,
+            io::ErrorKind::ConnectionReset,
+        ];
+        matches!(self, Self::Control(error) if gone.contains(&error.kind()))
+    }
+}
+
 /// A running VMM. Dropping it ends it.
 #[derive(Debug)]
 pub struct Vmm {
     child: Child,
-    control: AsyncFd<OwnedFd>,
+    link: Link,
     console_bytes: watch::Receiver<u64>,
     console_log: PathBuf,
     // Aborted with the VMM.
-    _console: JoinSet<()>,
+    _listeners: JoinSet<()>,
     started: Instant,
 }
 
@@ -87,15 +83,16 @@ impl Vmm {
     /// Fails if it can't be started.
     pub fn start(
         plan: &SandboxPlan,
-        surroundings: Surroundings<'_>,
+        surroundings: &Surroundings,
         devices: Vec<VmmEnd>,
     ) -> Result<Self, VmmError> {
         let prepare = |what| move |source: io::Error| VmmError::Prepare { what, source };
         let (console, console_in_child) = io::pipe().map_err(prepare("pipe"))?;
-        let (control, control_in_child) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-                .map_err(|error| prepare("socket")(error.into()))?;
-        let mut launch = surroundings.launch("nacre-vmm", "nacre-vmm")?;
+        let ids: Vec<&str> = plan.devices.iter().map(DevicePlan::id).collect();
+        let (link, listener, control_in_child) = pair(&ids).map_err(prepare("control socket"))?;
+        let mut launch = surroundings
+            .launch("nacre-vmm", &surroundings.path_of("nacre-vmm"))
+            .map_err(prepare("cgroup"))?;
         let serial = launch.hand_in(console_in_child.into());
         let control_number = launch.hand_in(control_in_child);
         let mut words = vec![
@@ -132,19 +129,17 @@ impl Vmm {
         let file = CappedFile::create(surroundings.files.console(), CONSOLE_BYTES)
             .map_err(prepare("console log"))?;
         let console = pipe::Receiver::from_owned_fd(console.into()).map_err(prepare("console"))?;
-        rustix::io::ioctl_fionbio(&control, true)
-            .map_err(|error| prepare("control socket")(error.into()))?;
-        let control = sys::watch_readable(control).map_err(prepare("control socket"))?;
         let child = launch.start(&surroundings.files.child_log("vmm"))?;
         let (sender, console_bytes) = watch::channel(0);
         let mut tasks = JoinSet::new();
         tasks.spawn(listen(console, file, sender));
+        tasks.spawn(listener.listen());
         Ok(Self {
             child,
-            control,
+            link,
             console_bytes,
             console_log: surroundings.files.console(),
-            _console: tasks,
+            _listeners: tasks,
             started: Instant::now(),
         })
     }
@@ -176,43 +171,9 @@ impl Vmm {
         }
     }
 
-    /// How the VM is, if the VMM tells within `limit`.
-    ///
-    /// # Errors
-    ///
-    /// Fails if it does not.
-    pub async fn status(&self, limit: Duration) -> Result<Status, VmmError> {
-        let elapsed = |_elapsed| VmmError::Control(io::ErrorKind::TimedOut.into());
-        match timeout(limit, self.ask(Command::Status)).await.map_err(elapsed)?? {
-            Outcome::Status(status) => Ok(status),
-            Outcome::Refused(why) => Err(VmmError::Refused(log_file::printable(&why))),
-            Outcome::Done => Err(VmmError::Refused("no status".to_owned())),
-        }
-    }
-
-    async fn ask(&self, command: Command) -> Result<Outcome, VmmError> {
-        let request = vmm::encode(&Request { id: REQUEST_ID, command })?;
-        send(&self.control, &request, SendFlags::NOSIGNAL)
-            .map_err(|error| VmmError::Control(error.into()))?;
-        let mut buffer = vec![0; vmm::MAX_BYTES];
-        loop {
-            let mut guard = self.control.readable().await.map_err(VmmError::Control)?;
-            let received = guard.try_io(|socket| {
-                let (len, _) = recv(socket, buffer.as_mut_slice(), RecvFlags::empty())?;
-                Ok(len)
-            });
-            // An error means that it was not readable after all.
-            let Ok(received) = received else { continue };
-            let len = received.map_err(VmmError::Control)?;
-            if len == 0 {
-                return Err(VmmError::Control(io::ErrorKind::UnexpectedEof.into()));
-            }
-            if let Told::Reply(reply) = vmm::decode(&buffer[..len])?
-                && reply.id == REQUEST_ID
-            {
-                return Ok(reply.outcome);
-            }
-        }
+    /// A way to ask it.
+    pub(crate) fn link(&self) -> Link {
+        self.link.clone()
     }
 }
 

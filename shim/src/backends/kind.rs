@@ -1,0 +1,106 @@
+//! What differs between the kinds of devices, as seen by whoever starts their processes.
+
+use std::{ffi::OsString, path::PathBuf};
+
+use crate::{network::Network, paths::SandboxFiles, plan::DevicePlan};
+
+/// The length of a share's tag in its configuration space.
+const FS_TAG_BYTES: usize = 36;
+const MIB: u64 = 1 << 20;
+
+impl DevicePlan {
+    /// Whether a new process can go on where a killed one stopped. The sandbox ends with a process
+    /// that can't be replaced.
+    #[must_use]
+    pub fn is_restartable(&self) -> bool {
+        match self {
+            Self::Disk { .. } | Self::Network => true,
+            Self::Vsock { .. } | Self::Share { .. } => false,
+        }
+    }
+
+    /// The size of the memory in which a process leaves what its successor must know. Pages that it
+    /// never touches cost nothing.
+    #[must_use]
+    pub fn state_bytes(&self) -> u64 {
+        match self {
+            Self::Share { .. } => 256 * MIB,
+            Self::Vsock { .. } => 64 * MIB,
+            Self::Disk { .. } | Self::Network => MIB,
+        }
+    }
+
+    /// The program.
+    #[must_use]
+    pub fn program(&self) -> &'static str {
+        match self {
+            Self::Vsock { .. } => "nacre-vsock",
+            Self::Share { .. } => "nacre-fs",
+            Self::Disk { .. } => "nacre-blk",
+            Self::Network => "nacre-net",
+        }
+    }
+
+    /// The VMM's word for it.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Vsock { .. } => "vsock",
+            Self::Share { .. } => "fs",
+            Self::Disk { .. } => "blk",
+            Self::Network => "net",
+        }
+    }
+}
+
+/// What is known here of a device's configuration space (virtio 1.3, sections 5.1.4 and 5.11.4).
+pub(super) fn config_space(device: &DevicePlan, network: Option<&Network>) -> Vec<u8> {
+    match (device, network) {
+        (DevicePlan::Share { tag, .. }, _) => {
+            let mut bytes = tag.as_bytes().to_vec();
+            bytes.resize(FS_TAG_BYTES, 0);
+            bytes.extend(1_u32.to_le_bytes());
+            bytes
+        }
+        (DevicePlan::Network, Some(network)) => {
+            let (link_up, pairs, mtu) = (1_u16, 1_u16, 0_u16);
+            let mut bytes = network.pair.mac_bytes().to_vec();
+            bytes.extend([link_up, pairs, mtu].map(u16::to_le_bytes).as_flattened());
+            bytes
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// What only a device's first process is told. Nobody that is on its way out can have its disk, so
+/// it does not wait for one that is in use.
+pub(super) fn first_arguments(device: &DevicePlan) -> &'static [&'static str] {
+    match device {
+        DevicePlan::Disk { .. } => &["--lock-wait", "0"],
+        DevicePlan::Vsock { .. } | DevicePlan::Share { .. } | DevicePlan::Network => &[],
+    }
+}
+
+/// The device's own arguments, but for descriptors.
+pub(super) fn arguments(device: &DevicePlan, files: &SandboxFiles) -> Vec<OsString> {
+    let path = |path: &PathBuf| path.clone().into_os_string();
+    let (mut arguments, read_only): (Vec<OsString>, bool) = match device {
+        DevicePlan::Vsock { cid } => {
+            let socket = files.vsock().into_os_string();
+            (vec!["--guest-cid".into(), cid.to_string().into(), "--uds-path".into(), socket], false)
+        }
+        DevicePlan::Share { tag, path: folder, read_only } => {
+            let arguments = vec!["--shared-dir".into(), path(folder), "--tag".into(), tag.into()];
+            (arguments, *read_only)
+        }
+        DevicePlan::Disk { serial, path: file, read_only } => {
+            let arguments = vec!["--disk".into(), path(file), "--serial".into(), serial.into()];
+            (arguments, *read_only)
+        }
+        DevicePlan::Network => (Vec::new(), false),
+    };
+    if read_only {
+        arguments.push("--read-only".into());
+    }
+    arguments
+}

@@ -1,0 +1,105 @@
+//! Asking a sandbox's supervisor about its devices, from another process.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nacre_proto::{
+    supervisor::{Answer, Device, Request},
+    vmm::{self, MessageError},
+};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use tokio::time::timeout;
+
+use crate::packets::Packets;
+
+/// How long a supervisor may take to answer. Replacing a process waits for what the device has in
+/// flight, and perhaps for two programs in a row.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(300);
+
+/// Why a supervisor's devices can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// Nobody listens, or does not answer.
+    #[error("the supervisor can't be asked at {}", path.display())]
+    Socket {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It answers nonsense.
+    #[error("the supervisor's answer is malformed")]
+    Answer(#[from] MessageError),
+    /// It answers something else.
+    #[error("the supervisor answers something else")]
+    OtherAnswer,
+    /// Nothing was done.
+    #[error("{0}")]
+    Refused(String),
+    /// The new program does not serve.
+    #[error("the new program does not serve ({0}); the old one does again")]
+    FellBack(String),
+    /// No program serves.
+    #[error("the device is not served yet ({0}); its supervisor goes on trying")]
+    NotBack(String),
+}
+
+/// The devices of the supervisor that listens at `socket`.
+///
+/// # Errors
+///
+/// Fails if there is none or it does not answer.
+pub async fn list(socket: &Path) -> Result<Vec<Device>, DeviceError> {
+    match ask(socket, &Request::ListDevices).await? {
+        Answer::Devices(devices) => Ok(devices),
+        Answer::Refused(why) => Err(DeviceError::Refused(why)),
+        _ => Err(DeviceError::OtherAnswer),
+    }
+}
+
+/// Replaces the process of `device`, by one of `program` if one is given. Answers for how many
+/// milliseconds there was none.
+///
+/// # Errors
+///
+/// Fails if it was not replaced as asked.
+pub async fn replace(
+    socket: &Path,
+    device: String,
+    program: Option<String>,
+) -> Result<u64, DeviceError> {
+    match ask(socket, &Request::ReplaceDevice { device, program }).await? {
+        Answer::Replaced { unserved_ms } => Ok(unserved_ms),
+        Answer::Refused(why) => Err(DeviceError::Refused(why)),
+        Answer::FellBack(why) => Err(DeviceError::FellBack(why)),
+        Answer::NotBack(why) => Err(DeviceError::NotBack(why)),
+        Answer::Devices(_) => Err(DeviceError::OtherAnswer),
+    }
+}
+
+async fn ask(path: &Path, request: &Request) -> Result<Answer, DeviceError> {
+    let failed = |source| DeviceError::Socket { path: path.to_owned(), source };
+    let request = vmm::encode(request)?;
+    let mut buffer = vec![0; vmm::MAX_BYTES];
+    let exchange = async {
+        let supervisor = open(path)?;
+        supervisor.send(&request, None).await?;
+        supervisor.receive(&mut buffer).await
+    };
+    let elapsed = |_elapsed| failed(io::ErrorKind::TimedOut.into());
+    let received = timeout(ANSWERED_WITHIN, exchange).await.map_err(elapsed)?.map_err(failed)?;
+    if received.len_bytes == 0 {
+        return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+    }
+    Ok(vmm::decode(&buffer[..received.len_bytes])?)
+}
+
+fn open(path: &Path) -> io::Result<Packets> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Packets::new(socket)
+}
