@@ -10,4 +10,5 @@ mod jail;
 mod lifecycle;
 mod machine;
 mod network;
+mod restart;
 mod timing;
