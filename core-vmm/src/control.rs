@@ -11,7 +11,7 @@
 //! for a limited time, for a backend that is told something.
 //!
 //! A reset of the VM begins at once; it ends, and the guest runs again, when nobody can write to
-//! the guest's memory any more: a backend that was cut off has to have ended first, which the
+//! the guest's memory any more: a backend that was lost has to have ended first, which the
 //! supervisor says by giving the device another one.
 
 use std::{
@@ -190,7 +190,7 @@ impl Control {
             self.resetting = false;
             self.vm.run();
         } else {
-            log::warn!("the guest's reset waits for the end of a backend that was cut off");
+            log::warn!("the guest's reset waits for the end of a backend that was lost");
         }
         Ok(())
     }

@@ -196,7 +196,7 @@ impl Devices {
         self.all.iter().map(VirtioDevice::status)
     }
 
-    /// Whether no process that was cut off may still write to the guest's memory.
+    /// Whether no process that was a backend may still write to the guest's memory.
     #[must_use]
     pub fn are_still(&self) -> bool {
         self.all.iter().all(VirtioDevice::is_still)

@@ -35,7 +35,8 @@ pub enum Command {
     /// Give this device a new backend in place of one that is lost or quiesced. Beside the request
     /// comes the new backend's socket. [`Outcome::Done`] once the backend has been told everything
     /// that its predecessor knew and serves the rings; refused, the device is as it was and the
-    /// socket closed.
+    /// socket closed. It also says that the predecessor, and what it had asked the kernel for, has
+    /// ended: a reset of the device or the VM that waits for this is then done, refused or not.
     Reconnect {
         /// The device's id.
         device: String,

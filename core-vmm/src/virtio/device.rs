@@ -9,11 +9,14 @@
 //!
 //! While there is no backend the guest sees nothing but a device that takes its time: what it asks
 //! for waits in its rings, a driver that becomes ready is started with the next backend, what it
-//! writes to the configuration is told to the next backend. A reset is done at once, with one
-//! exception: a process that was cut off because it hung or broke the protocol may go on writing
-//! to the guest's memory, and a driver that was told of its reset would use that memory for
-//! something else. Such a reset is done when the supervisor says that the process has ended, which
-//! is what [`VirtioDevice::reconnect`] says whether or not the new backend is of any use.
+//! writes to the configuration is told to the next backend, and a reset is done at once where the
+//! backend was asked away or had no driver's rings.
+//!
+//! A backend that was lost may go on writing to the guest's memory: a process that hangs may wake
+//! up, and what one that is dead had handed to the kernel may still end. A driver that was told of
+//! its reset would use that memory for something else. So such a reset is done when the supervisor
+//! says that all of it has ended, which is what [`VirtioDevice::reconnect`] says whether or not the
+//! new backend is of any use.
 
 mod backend;
 mod handover;
@@ -173,7 +176,7 @@ impl VirtioDevice {
                     self.forget_driver();
                     self.function.finish_reset();
                 } else {
-                    log::warn!("{}: a reset waits for its former backend's end", self.name);
+                    log::warn!("{}: a reset waits for its lost backend's end", self.name);
                 }
             }
         }
@@ -255,8 +258,8 @@ impl VirtioDevice {
 
     /// The driver is gone and nothing of it is left with a backend.
     fn forget_driver(&mut self) {
-        if let Some(Backend::Absent(absent)) = &mut self.backend {
-            absent.forget_driver();
+        if let Some(backend) = &mut self.backend {
+            backend.forget_driver();
         }
         if std::mem::take(&mut self.unusable)
             && let Some(backend) = &self.backend

@@ -5,13 +5,14 @@
 //!
 //! ```text
 //!            vCPU threads                        control thread
-//!   .-----------------------------.   .-----------------------------------.
-//!   | VirtioFunction: PciFunction |   | VirtioDevice                      |
-//!   |  config space, MSI-X        |   |  frontend:                        |
-//!   |  pci_registers (pure)       |-->|   Connected > Negotiated > Running|--> backend
-//!   |  config cache, doorbells    |   |                  ^            |   |
-//!   `-----------------------------'   |                  `-- reset ---'   |
-//!       one lock, register work       `-----------------------------------'
+//!   .-----------------------------.   .--------------------------------------.
+//!   | VirtioFunction: PciFunction |   | VirtioDevice                         |
+//!   |  config space, MSI-X        |   |  frontend:   Connected               |
+//!   |  pci_registers (pure)       |-->|   .------ reset -v-----.             |--> backend
+//!   |  config cache, doorbells    |   |  Running <-- Negotiated              |
+//!   `-----------------------------'   |   `--(lost, asked away)--> Absent    |
+//!       one lock, register work       |         another backend <----'       |
+//!                                     `--------------------------------------'
 //! ```
 //!
 //! A vCPU never waits for a backend. DRIVER_OK, a reset and writes to the device's configuration
@@ -29,7 +30,11 @@
 //! epoll.add(device.ready_fd(), EPOLLIN);          // level-triggered; the one fd of this device
 //! ...
 //! device.process(&memory);                        // when ready_fd() is readable; never fails
-//! device.reset(); bus.reset();                    // the whole VM resets (vCPUs stopped)
+//! device.reset(); bus.reset();                    // the whole VM resets (vCPUs stopped), and
+//! device.is_still();                              // may run again once this holds for all
+//! device.quiesce()?;                              // the supervisor asks the backend away
+//! device.reconnect(socket, &memory)?;             // it brings another one
+//! device.take_loss();                             // and is told when one is lost
 //! ```
 //!
 //! `ready_fd()` is an epoll instance of the device's own: it holds the doorbell of the vCPUs, the
@@ -37,7 +42,7 @@
 //! is lost or returns. The control loop registers it once and never changes it.
 //!
 //! A vCPU thread may do: `ioctl` with KVM_IOEVENTFD, KVM_IRQFD and KVM_SET_GSI_ROUTING; `write` and
-//! `read` on eventfds; `ppoll`. The control thread: the same, `sendmsg`, `recvmsg`, `epoll_ctl`,
+//! `preadv2` on eventfds; `ppoll`. The control thread: the same, `sendmsg`, `recvmsg`, `epoll_ctl`,
 //! `fcntl` with F_DUPFD_CLOEXEC and `close`. The watchdog's thread: `shutdown`, `close`. All: `futex`.
 
 mod bar_layout;

@@ -150,7 +150,7 @@ fn a_disk_that_dies_at_any_message_of_its_start_loses_nothing() {
 
 #[test]
 fn a_ring_that_the_driver_broke_is_mended_by_a_reset_and_keeps_its_backend() {
-    let Some(program) = nacre_blk() else { return };
+    let Some(mut program) = nacre_blk() else { return };
     let backend = negotiate(DeviceConfig::new("disk", BLOCK), &program.socket).unwrap();
     let mut guest = Guest::new(backend);
     for round in 1..=3_u8 {
@@ -161,7 +161,18 @@ fn a_ring_that_the_driver_broke_is_mended_by_a_reset_and_keeps_its_backend() {
         assert_eq!(guest.device.status().state, DeviceState::NeedsReset);
         assert!(guest.device.is_alive() && guest.is_quiet());
     }
+    assert!(guest.device.take_loss().is_none());
+    // A new backend is not given the broken ring, and never one of a driver that has reset.
+    for (state, reset) in [(DeviceState::NeedsReset, true), (DeviceState::Idle, false)] {
+        program.kill();
+        guest.run_until("it is noticed", |guest| !guest.device.is_alive());
+        program.restart();
+        guest.reconnect(&program.socket).unwrap();
+        assert_eq!(guest.device.status().state, state);
+        if reset {
+            guest.reset();
+        }
+    }
     guest.bring_up();
     assert_eq!(request(&mut guest, READ, 7, &[]), [3; SECTOR_BYTES]);
-    assert!(guest.device.take_loss().is_none());
 }

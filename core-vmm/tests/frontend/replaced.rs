@@ -78,11 +78,11 @@ fn a_driver_that_comes_while_there_is_no_backend_is_served_by_the_next() {
 }
 
 #[test]
-fn a_reset_while_there_is_no_backend_is_done_at_once_and_nothing_of_the_driver_comes_back() {
-    let (mut guest, backend) = guest_with(Manner::default());
+fn a_reset_while_the_backend_is_asked_away_is_done_at_once_and_nothing_of_the_driver_comes_back() {
+    let (mut guest, _first) = guest_with(Manner::default());
     guest.bring_up();
     assert_eq!(guest.request(0, b"one"), b"ONE");
-    lose(&mut guest, backend);
+    guest.device.quiesce().unwrap();
     guest.submit(0, b"never");
     guest.reset();
     let next = Backend::start(Manner::default());
@@ -90,10 +90,41 @@ fn a_reset_while_there_is_no_backend_is_done_at_once_and_nothing_of_the_driver_c
     assert_eq!(state(&guest), DeviceState::Idle);
     guest.bring_up();
     assert_eq!(guest.request(0, b"two"), b"TWO");
-    lose(&mut guest, next);
+    guest.device.quiesce().unwrap();
     guest.device.reset();
     assert!(guest.device.is_still());
     assert_eq!(guest.status(), 0);
+}
+
+#[test]
+fn a_reset_while_the_backend_is_lost_waits_for_the_supervisors_word_that_it_has_ended() {
+    let (mut guest, backend) = guest_with(Manner::default());
+    guest.bring_up();
+    assert_eq!(guest.request(0, b"one"), b"ONE");
+    lose(&mut guest, backend);
+    guest.submit(0, b"never");
+    guest.write(0x14, 1, 0);
+    guest.device.process(&guest.memory);
+    assert!(guest.status() != 0 && !guest.device.is_still());
+    assert!(guest.is_quiet());
+    // The word counts, whatever the new backend is worth.
+    let (silent, peer) = UnixStream::pair().unwrap();
+    drop(peer);
+    guest.reconnect(&silent).unwrap_err();
+    assert_eq!((guest.status(), state(&guest)), (0, DeviceState::Lost));
+    guest.bring_up();
+    guest.submit(0, b"two");
+    let next = Backend::start(Manner::default());
+    guest.reconnect(&next.socket).unwrap();
+    guest.run_until("it is answered", |guest| guest.answer(0, 3).is_some());
+    assert_eq!(guest.answer(0, 3).unwrap(), b"TWO");
+    lose(&mut guest, next);
+    guest.device.reset();
+    assert!(!guest.device.is_still(), "the VM may not run yet");
+    let next = Backend::start(Manner::default());
+    guest.reconnect(&next.socket).unwrap();
+    assert!(guest.device.is_still());
+    assert_eq!(state(&guest), DeviceState::Idle);
 }
 
 #[test]
@@ -150,9 +181,10 @@ fn what_the_driver_wrote_to_the_configuration_is_told_to_the_next_backend() {
     guest.reconnect(&next.socket).unwrap();
     assert_eq!(guest.read(0x2000, 8).to_le_bytes(), *b"ECho0123");
     lose(&mut guest, next);
-    guest.reset();
+    guest.write(0x14, 1, 0);
     let next = Backend::start(Manner::default());
     guest.reconnect(&next.socket).unwrap();
+    assert_eq!(guest.status(), 0);
     assert_eq!(guest.read(0x2000, 8).to_le_bytes(), *b"echo0123", "that driver is gone");
 }
 

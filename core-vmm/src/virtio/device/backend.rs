@@ -29,9 +29,18 @@ impl Backend {
         }
     }
 
-    /// Whether a process that is cut off may still write to the guest's memory.
+    /// Whether a process that was the backend may still write to the guest's memory.
     pub(super) fn may_write_unwatched(&self) -> bool {
         matches!(self, Self::Absent(absent) if absent.may_write())
+    }
+
+    /// The driver has reset the device, and no backend serves its rings.
+    pub(super) fn forget_driver(&mut self) {
+        match self {
+            Self::Negotiated(backend) => backend.forget_driver(),
+            Self::Absent(absent) => absent.forget_driver(),
+            Self::Running(_) => {}
+        }
     }
 
     pub(super) fn state(&self) -> DeviceState {

@@ -1,11 +1,15 @@
 //! The vhost-user frontend: a conversation with one backend, as a chain of types.
 //!
 //! ```text
-//! Connected --negotiate--> Negotiated --start--> Running --quiesce--.
-//!                            ^    ^                | ^              |
-//!                            |    `-----stop-------' |              v
-//!                            |                       |    any error: Lost, then both are
-//!                            `------ reconnect ------'<------------ Absent { kept }
+//! Connected --negotiate--> Negotiated --start--> Running
+//!                            ^  ^  |               |  |
+//!                            |  `--+---- stop -----'  |
+//!                            |     |                  |
+//!                            |   dismiss, quiesce, or lost by any error
+//!                            |     v                  v
+//!                            |   Absent { kept } <----'
+//!                            |     |
+//!                            `- reconnect ----> Running
 //! ```
 //!
 //! What outlives a connection is [`Kept`]: all that a new process in the backend's place has to be

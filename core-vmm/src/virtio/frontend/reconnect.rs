@@ -36,7 +36,8 @@ pub struct Absent {
 pub enum Absence {
     /// It hung up, hung or broke the protocol.
     Lost {
-        /// It was cut off, and may write to the guest's memory until its process has ended.
+        /// It had a driver's rings, and may write to the guest's memory until its process and all
+        /// that it had asked the kernel for have ended.
         may_write: bool,
     },
     /// It was asked away.
@@ -169,7 +170,7 @@ impl Absent {
             Ok(()) => Ok(Reconnected::Running(Session::new(link, self.kept))),
             Err(ReconnectError::Backend(error)) => {
                 let lost = Negotiated::new(link, self.kept).give_up(error);
-                Err(lost.into_refused(self.absence))
+                Err(lost.into_refused())
             }
             Err(error) => Err(Refused { absent: self, error }),
         }

@@ -151,6 +151,12 @@ impl Negotiated {
         }
     }
 
+    /// A driver that never got as far as its rings, or whose rings no backend would serve, has reset
+    /// the device.
+    pub fn forget_driver(&mut self) {
+        self.kept.forget_driver();
+    }
+
     /// Hangs up; there is nothing to drain.
     #[must_use]
     pub fn dismiss(self) -> Absent {
@@ -197,24 +203,19 @@ impl Running {
 impl Lost {
     /// What waits for another backend.
     ///
-    /// A backend that hung up has stopped; one that was cut off may go on writing to the guest's
-    /// memory until its process has ended.
+    /// Where it had a driver's rings it may go on writing to the guest's memory, even if it has hung
+    /// up: what it had handed to the kernel can end after the process, reads from a disk included.
     #[must_use]
     pub fn into_absent(self) -> Absent {
-        let may_write = self.may_write();
+        let may_write = self.kept.has_driver();
         Absent::new(self.kept, Absence::Lost { may_write })
     }
 
-    /// The same for one that was to come in another's place, which is still absent as `before`.
-    pub(super) fn into_refused(self, before: Absence) -> Refused {
-        let absence = if self.may_write() { Absence::Lost { may_write: true } } else { before };
-        Refused { absent: Absent::new(self.kept, absence), error: self.error.into() }
-    }
-
-    fn may_write(&self) -> bool {
-        let was_cut_off = matches!(self.error, FrontendError::Hung { .. });
-        let has_hung_up = self.link.state() == LinkState::Closed && !was_cut_off;
-        self.kept.has_driver() && !has_hung_up
+    /// The same for one that was to come in another's place.
+    pub(super) fn into_refused(self) -> Refused {
+        let may_write = self.kept.has_driver();
+        let absent = Absent::new(self.kept, Absence::Lost { may_write });
+        Refused { absent, error: self.error.into() }
     }
 }
 
