@@ -25,7 +25,8 @@ impl DevicePlan {
     pub fn state_bytes(&self) -> u64 {
         match self {
             Self::Share { .. } => 256 * MIB,
-            Self::Vsock { .. } => 64 * MIB,
+            // A thousand connections, each with its buffer.
+            Self::Vsock { .. } => 512 * MIB,
             Self::Disk { .. } | Self::Network => MIB,
         }
     }
