@@ -230,6 +230,7 @@ impl VirtioDevice {
                 match backend.start(activation, memory, deadline) {
                     Ok(running) => {
                         log::info!("{}: the driver is ready", self.name);
+                        handover::kick(&self.name, running.kept());
                         self.backend = Some(Backend::Running(running));
                     }
                     Err(StartError::Driver(backend, fault)) => {

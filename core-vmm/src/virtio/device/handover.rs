@@ -4,11 +4,12 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::Backend;
 use super::{DeviceError, VirtioDevice};
 use crate::interrupt::descriptor;
-use crate::virtio::frontend::{Kept, ReconnectError, Reconnected};
+use crate::virtio::frontend::{Kept, ReconnectError, Reconnected, Vring};
 use crate::virtio::watchdog::Deadline;
 use crate::{error_chain, shared_event};
 
@@ -125,11 +126,21 @@ impl VirtioDevice {
 
 /// Has both sides look at every ring: a kick or an interrupt may have been lost with a backend.
 fn nudge(name: &str, kept: &Kept) {
+    kick(name, kept);
+    raise(name, kept, |vring| &vring.call);
+}
+
+/// Has the backend look at every ring. The driver may kick as soon as it has said that it is ready,
+/// and there are backends that drop a kick which comes before the ring is enabled (among them
+/// Debian 13's virtiofsd).
+pub(super) fn kick(name: &str, kept: &Kept) {
+    raise(name, kept, |vring| &vring.kick);
+}
+
+fn raise(name: &str, kept: &Kept, event: impl Fn(&Vring) -> &EventFd) {
     for vring in kept.vrings.iter().filter(|vring| vring.layout.is_some()) {
-        for event in [&vring.kick, &vring.call] {
-            if let Err(error) = shared_event::raise(event) {
-                log::warn!("{name}: cannot signal an eventfd: {error}");
-            }
+        if let Err(error) = shared_event::raise(event(vring)) {
+            log::warn!("{name}: cannot signal an eventfd: {error}");
         }
     }
 }
