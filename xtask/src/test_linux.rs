@@ -86,6 +86,7 @@ pub(crate) fn interop(root: &Path, filter: &[String], tally: &mut Tally) -> Resu
     command.arg("--test-threads=1").args(filter).envs(variables(&cache, &programs)?);
     command.env("NACRE_QEMU", qemu);
     command.env("NACRE_QSD", words(&tree.command("usr/bin/qemu-storage-daemon")));
+    command.env("NACRE_VIRTIOFSD", words(&tree.command(VIRTIOFSD)));
     count_tests(&mut command, tally)
 }
 

@@ -40,6 +40,14 @@ pub struct Watch {
     over: bool,
 }
 
+/// Waits for an order of the host, whatever it is.
+pub fn wait_for_order() -> u8 {
+    while inb(0x3fd) & 1 == 0 {
+        core::hint::spin_loop();
+    }
+    inb(0x3f8)
+}
+
 /// The time-stamp counter.
 pub fn now() -> u64 {
     unsafe { _rdtsc() }

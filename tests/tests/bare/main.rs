@@ -6,4 +6,5 @@ mod blk;
 mod board;
 mod net;
 mod restart;
+mod stand_in;
 mod vsock;

@@ -2,6 +2,8 @@
 //! It runs on any machine: QEMU emulates its guest, and the guest without a kernel needs no more
 //! than a /dev/kvm that emulates.
 
+mod foreign;
+
 use std::env;
 use std::fs;
 use std::os::unix::fs::symlink;

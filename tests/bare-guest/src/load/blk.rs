@@ -8,7 +8,7 @@ use virtio_drivers::device::blk::{BlkReq, BlkResp, VirtIOBlk};
 use virtio_drivers::transport::DeviceType;
 use virtio_drivers::transport::pci::PciTransport;
 
-use super::{Dice, Watch};
+use super::{Dice, Watch, wait_for_order};
 use crate::dma::Identity;
 use crate::{pci, say};
 
@@ -18,6 +18,7 @@ const BLOCK_BYTES: usize = 4096;
 const SECTORS: usize = BLOCK_BYTES / 512;
 const BLOCKS: usize = 64;
 const DEPTH: usize = 8;
+const ENOUGH_ERRORS: u64 = 100;
 
 /// Memory for one request. It stays where it is while the device has it.
 struct Slot {
@@ -45,29 +46,47 @@ struct Load {
 
 /// Goes on until the host has enough; then looks at every block once more.
 pub fn run() {
-    let function = pci::find(DeviceType::Block, 0).expect("a block device");
-    pci::enable(function);
-    let disk = Disk::new(pci::transport(function)).expect("the driver starts");
-    let mut load = Load {
-        disk,
-        slots: (0..DEPTH).map(|_slot| Slot::new()).collect(),
-        acknowledged: [0; BLOCKS],
-        dice: Dice::new(),
-        watch: Watch::start(),
-    };
+    let mut load = Load::start();
     while !load.watch.is_over() {
         load.submit();
         load.collect();
     }
-    while load.slots.iter().any(|slot| slot.pending.is_some()) {
-        load.collect();
-    }
+    load.drain();
     for block in 0..BLOCKS {
         let mut data = [0; BLOCK_BYTES];
         load.disk.read_blocks(block * SECTORS, &mut data).expect("a read at the end");
         load.check(block, &data);
     }
     load.watch.report();
+}
+
+/// Goes on until many requests have failed, and every other one is answered too.
+pub fn until_it_fails() {
+    let mut load = Load::start();
+    while load.watch.tally.errors < ENOUGH_ERRORS {
+        load.submit();
+        load.collect();
+    }
+    load.drain();
+    say!("errors={}", load.watch.tally.errors);
+}
+
+/// Writes a block and reads the one before it, then waits for an order with nothing outstanding.
+pub fn in_steps() {
+    let mut load = Load::start();
+    let (mut old, mut new) = ([0; BLOCK_BYTES], [0; BLOCK_BYTES]);
+    for block in 1..BLOCKS {
+        fill(&mut new, block, 1);
+        load.disk.write_blocks(block * SECTORS, &new).expect("a write");
+        load.disk.read_blocks((block - 1) * SECTORS, &mut old).expect("a read");
+        load.check(block - 1, &old);
+        assert_eq!(load.watch.tally.lost, 0, "block {block}");
+        load.acknowledged[block] = 1;
+        say!("step {block}");
+        if wait_for_order() == b'q' {
+            break;
+        }
+    }
 }
 
 fn fill(data: &mut [u8; BLOCK_BYTES], block: usize, version: u64) {
@@ -89,6 +108,25 @@ impl Slot {
 }
 
 impl Load {
+    fn start() -> Self {
+        let function = pci::find(DeviceType::Block, 0).expect("a block device");
+        pci::enable(function);
+        Self {
+            disk: Disk::new(pci::transport(function)).expect("the driver starts"),
+            slots: (0..DEPTH).map(|_slot| Slot::new()).collect(),
+            acknowledged: [0; BLOCKS],
+            dice: Dice::new(),
+            watch: Watch::start(),
+        }
+    }
+
+    /// Waits for the answers that are missing.
+    fn drain(&mut self) {
+        while self.slots.iter().any(|slot| slot.pending.is_some()) {
+            self.collect();
+        }
+    }
+
     fn submit(&mut self) {
         for at in 0..self.slots.len() {
             if self.slots[at].pending.is_some() {

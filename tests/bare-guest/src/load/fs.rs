@@ -10,7 +10,7 @@ use virtio_drivers::queue::VirtQueue;
 use virtio_drivers::transport::pci::PciTransport;
 use virtio_drivers::transport::{DeviceStatus, Transport};
 
-use super::Watch;
+use super::{Watch, wait_for_order};
 use crate::dma::Identity;
 use crate::{pci, say};
 
@@ -88,6 +88,15 @@ pub fn run() {
     watch.report();
 }
 
+/// Mounts, waits for any order of the host, mounts once more, and makes a file.
+pub fn mount_twice() {
+    let mut fuse = Fuse::start();
+    say!("READY");
+    wait_for_order();
+    fuse.mount();
+    fuse.make_and_remove().expect("a file is made and removed");
+}
+
 fn failed(what: &str, errno: i32, watch: &mut Watch) {
     watch.tally.errors += 1;
     say!("cannot {what}: error {errno}");
@@ -108,10 +117,14 @@ impl Fuse {
         let queue = VirtQueue::new(&mut transport, QUEUE, false, false).expect("a request queue");
         transport.set_status(features_ok | DeviceStatus::DRIVER_OK);
         let mut fuse = Self { transport, queue, unique: 0 };
+        fuse.mount();
+        fuse
+    }
+
+    fn mount(&mut self) {
         // Version 7.31, read-ahead, no flags.
         let version = words(&[7, 31, 0, 0]);
-        fuse.ask(INIT, ROOT, &[&version], 64).expect("the versions agree");
-        fuse
+        self.ask(INIT, ROOT, &[&version], 64).expect("the versions agree");
     }
 
     /// Sends a request and waits for its answer: what follows the header, or the error's number.
