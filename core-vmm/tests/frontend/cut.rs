@@ -29,7 +29,11 @@ impl Cut {
         let (frontend, ours) = UnixStream::pair().unwrap();
         let back = (backend.try_clone().unwrap(), ours.try_clone().unwrap());
         let backend = backend.try_clone().unwrap();
-        let answers = thread::spawn(move || while pass_on(&back.0, &back.1) {});
+        let answers = thread::spawn(move || {
+            while pass_on(&back.0, &back.1) {}
+            // The backend may have hung up before its time.
+            back.1.shutdown(Shutdown::Both).ok();
+        });
         thread::spawn(move || {
             let mut left = messages;
             while left > 0 && pass_on(&ours, &backend) {

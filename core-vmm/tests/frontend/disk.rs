@@ -148,6 +148,43 @@ fn a_disk_that_dies_at_any_message_of_its_start_loses_nothing() {
     }
 }
 
+/// The same for the first start, after which a crash with a request outstanding has to be mended
+/// as well as ever.
+#[test]
+fn a_disk_that_dies_at_any_message_of_its_first_start_is_replaced_for_good() {
+    let Some(mut program) = nacre_blk() else { return };
+    let mut started = 0;
+    for messages in 0.. {
+        let round = u8::try_from(messages).unwrap();
+        let cut = Cut::after(messages, &program.socket);
+        let backend = negotiate(DeviceConfig::new("disk", BLOCK), &cut.frontend);
+        if let Ok(backend) = backend {
+            let mut guest = Guest::new(backend);
+            guest.bring_up();
+            guest.device.process(&guest.memory);
+            if guest.device.status().state == DeviceState::Active && messages > 20 {
+                break;
+            }
+            started += 1;
+            program.kill();
+            guest.run_until("it is noticed", |guest| !guest.device.is_alive());
+            for _ in 0..2 {
+                submit(&mut guest, WRITE, 9, &[round; SECTOR_BYTES]);
+                program.restart();
+                guest.reconnect(&program.socket).unwrap();
+                await_answer(&mut guest, 2);
+                assert_eq!(request(&mut guest, READ, 9, &[]), [round; SECTOR_BYTES]);
+                program.kill();
+                guest.run_until("it is noticed", |guest| !guest.device.is_alive());
+            }
+        } else {
+            program.kill();
+        }
+        program.restart();
+    }
+    assert!(started > 10, "only {started} messages start a disk");
+}
+
 #[test]
 fn a_ring_that_the_driver_broke_is_mended_by_a_reset_and_keeps_its_backend() {
     let Some(mut program) = nacre_blk() else { return };

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process;
 use std::thread;
@@ -182,4 +183,30 @@ fn ping(socket: &PacketSocket, number: u32) -> Result<()> {
         }
     }
     bail!("frame {number} did not come back within {PATIENCE:?}")
+}
+
+#[test]
+fn a_request_that_makes_no_sense_is_refused_and_changes_nothing() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let backend = disk(dir.path())?;
+    let machine = Machine::bare("spin")?.device("disk0", "blk", backend.socket());
+    let (mut control, theirs) = Control::new()?;
+    let _running = machine.control(theirs).start()?;
+    let unwanted = UnixStream::pair()?.0.into();
+    let device = || "disk0".to_owned();
+    let nobody = || "disk1".to_owned();
+    for (command, descriptor, reason) in [
+        (Command::Reconnect { device: device() }, Some(&unwanted), "has a backend"),
+        (Command::Reconnect { device: device() }, None, "0 descriptors"),
+        (Command::Reconnect { device: nobody() }, Some(&unwanted), "no such device"),
+        (Command::Quiesce { device: nobody() }, None, "no such device"),
+        (Command::Status, Some(&unwanted), "1 descriptors"),
+    ] {
+        let said = format!("{command:?}");
+        let Outcome::Refused(why) = control.ask(command, descriptor)? else { bail!("{said}") };
+        ensure!(why.contains(reason), "{said}: {why}");
+    }
+    let [disk] = &control.status()?.devices[..] else { bail!("one device") };
+    ensure!((disk.state, disk.reconnects) == (DeviceState::Idle, 0), "{disk:?}");
+    Ok(())
 }

@@ -226,5 +226,10 @@ fn replay(
         queues: kept.vrings.iter().map(|vring| vring.layout).collect(),
     };
     let layouts = kept.place(memory, &activation)??;
+    if kept.inflight.is_none() {
+        // The predecessor was lost before it had made one. Nothing of before is in the new one, and
+        // nothing has to be: the bases say it all.
+        session::track(link, kept, deadline)?;
+    }
     Ok(session::serve(link, kept, &layouts, &bases, deadline)?)
 }

@@ -242,7 +242,11 @@ impl Kept {
 }
 
 /// Has the backend make a region for what is in flight, if it can.
-fn track(link: &mut Link, kept: &mut Kept, deadline: Deadline) -> Result<(), FrontendError> {
+pub(super) fn track(
+    link: &mut Link,
+    kept: &mut Kept,
+    deadline: Deadline,
+) -> Result<(), FrontendError> {
     if !kept.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
         return Ok(());
     }
