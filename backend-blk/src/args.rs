@@ -106,7 +106,12 @@ impl Args {
         }
         let disk = disk?;
         kept::write(estate.as_ref(), &disk.limits).map_err(BuildError::state)?;
-        Ok(BlockDevice::new(disk, setup, estate))
+        let mut limits = disk.limits;
+        if let Ok(known) = kept::read(estate.as_ref()) {
+            // What it has grown by meanwhile, nobody has told the guest.
+            limits.size_bytes = limits.size_bytes.min(known.size_bytes);
+        }
+        Ok(BlockDevice::new(disk, limits, setup, estate))
     }
 
     fn disk(&self) -> Result<Disk, BuildError> {

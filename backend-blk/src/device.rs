@@ -17,8 +17,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use crate::args::EngineChoice;
 use crate::blocking::Blocking;
-use crate::disk::{Alignment, Disk};
+use crate::disk::{Alignment, Disk, Shown};
 use crate::job::Job;
+use crate::kept;
 use crate::request::{
     HEADER_BYTES, Header, Limits, MAX_RANGE_SECTORS, Operation, RANGE_BYTES, SECTOR_BYTES, Status,
 };
@@ -49,21 +50,22 @@ pub(crate) struct Setup {
 pub struct BlockDevice {
     /// None of a stand-in.
     disk: Option<Arc<Disk>>,
-    limits: Limits,
+    shown: Arc<Shown>,
     setup: Setup,
-    /// Kept, since its other half hangs up with it.
-    _estate: Option<Estate>,
+    /// Kept whole, since its other half hangs up with it.
+    estate: Option<Estate>,
 }
 
 impl BlockDevice {
-    pub(crate) fn new(disk: Disk, setup: Setup, estate: Option<Estate>) -> Self {
-        let limits = disk.limits;
-        Self { disk: Some(Arc::new(disk)), limits, setup, _estate: estate }
+    /// A disk that is shown within these limits.
+    pub(crate) fn new(disk: Disk, limits: Limits, setup: Setup, estate: Option<Estate>) -> Self {
+        let shown = Arc::new(Shown::new(limits));
+        Self { disk: Some(Arc::new(disk)), shown, setup, estate }
     }
 
     /// In the place of a disk that is gone: every request fails.
     pub(crate) fn stand_in(limits: Limits, setup: Setup, estate: Option<Estate>) -> Self {
-        Self { disk: None, limits, setup, _estate: estate }
+        Self { disk: None, shown: Arc::new(Shown::new(limits)), setup, estate }
     }
 
     /// An engine for one queue; says once if it can't be the good one.
@@ -103,7 +105,7 @@ impl Device for BlockDevice {
     }
 
     fn features(&self) -> u64 {
-        let limits = &self.limits;
+        let limits = self.shown.limits();
         [
             (VIRTIO_BLK_F_SEG_MAX, true),
             (VIRTIO_BLK_F_BLK_SIZE, true),
@@ -121,7 +123,7 @@ impl Device for BlockDevice {
 
     /// `struct virtio_blk_config` (virtio 1.3, section 5.2.4).
     fn config(&self) -> Vec<u8> {
-        let limits = &self.limits;
+        let limits = self.shown.limits();
         let block_bytes = u32::try_from(limits.block_bytes).unwrap_or(u32::MAX);
         let physical_exponent = (PHYSICAL_BLOCK_BYTES / limits.block_bytes).max(1).ilog2();
         let (discard, zero) = (u32::from(limits.can_discard), u32::from(limits.can_zero));
@@ -150,6 +152,21 @@ impl Device for BlockDevice {
         config
     }
 
+    fn refresh(&mut self) -> bool {
+        let Some(disk) = &self.disk else { return false };
+        let grown =
+            disk.size_bytes().map(|bytes| self.shown.grow_to(bytes)).unwrap_or_else(|error| {
+                log::warn!("cannot tell how large the disk is now: {error}");
+                false
+            });
+        if grown {
+            let size_bytes = self.shown.limits().size_bytes;
+            log::info!("the disk has {size_bytes} bytes now");
+            kept::grow(self.estate.as_ref(), size_bytes);
+        }
+        grown
+    }
+
     fn groups(&self) -> Vec<Vec<QueueIndex>> {
         (0..self.setup.queues).map(|queue| vec![QueueIndex(queue)]).collect()
     }
@@ -158,7 +175,7 @@ impl Device for BlockDevice {
         let engine = self.engine(group == 0);
         let queue = QueueIndex(u16::try_from(group).unwrap_or(u16::MAX));
         Ok(BlockWorker {
-            limits: self.limits,
+            shown: Arc::clone(&self.shown),
             alignment: self.disk.as_ref().and_then(|disk| disk.alignment),
             serial: self.setup.serial,
             queue,
@@ -178,7 +195,7 @@ enum Engine {
 
 /// Serves one queue.
 pub struct BlockWorker {
-    limits: Limits,
+    shown: Arc<Shown>,
     /// Set if I/O is direct.
     alignment: Option<Alignment>,
     serial: [u8; 20],
@@ -338,13 +355,13 @@ impl BlockWorker {
         let takes = chain.writable_len().checked_sub(1).ok_or(Status::IoError)?;
         let brings = chain.readable_len() - HEADER_BYTES;
         if !header.has_range() {
-            return header.operation(brings, takes, &self.limits);
+            return header.operation(brings, takes, &self.shown.limits());
         }
         let mut range = [0; 16];
         if brings != RANGE_BYTES || chain.read_at(HEADER_BYTES, &mut range).is_err() {
             return Err(Status::IoError);
         }
-        header.range_operation(range, &self.limits)
+        header.range_operation(range, &self.shown.limits())
     }
 }
 
@@ -378,7 +395,8 @@ mod tests {
         let disk = Disk::adopt(file, "it", mode).unwrap();
         let engine = EngineChoice::Blocking;
         let setup = Setup { serial: [0; 20], queues: 4, queue_size: 128, engine };
-        BlockDevice::new(disk, setup, None)
+        let limits = disk.limits;
+        BlockDevice::new(disk, limits, setup, None)
     }
 
     #[test]
@@ -390,8 +408,8 @@ mod tests {
         assert_eq!(config[..8], 128_u64.to_le_bytes());
         assert_eq!((u32_at(12), u32_at(20)), (126, 512));
         assert_eq!((config[24], config[34]), (3, 4));
-        assert_eq!((u32_at(40), u32_at(44)), (u32::from(device.limits.can_discard), 1));
-        assert_eq!(u32_at(52), u32::from(device.limits.can_zero));
+        assert_eq!((u32_at(40), u32_at(44)), (u32::from(device.shown.limits().can_discard), 1));
+        assert_eq!(u32_at(52), u32::from(device.shown.limits().can_zero));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::io::{self, Seek as _, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -111,6 +112,31 @@ pub(crate) struct Alignment {
 /// What direct I/O may need where the kernel does not say (before Linux 6.1).
 const CAUTIOUS: Alignment = Alignment { memory: 4096, offset: 4096 };
 
+/// What the guest was told of a disk, which may grow under it.
+#[derive(Debug)]
+pub(crate) struct Shown {
+    first: Limits,
+    size_bytes: AtomicU64,
+}
+
+impl Shown {
+    pub(crate) fn new(first: Limits) -> Self {
+        Self { first, size_bytes: AtomicU64::new(first.size_bytes) }
+    }
+
+    /// As it is now.
+    pub(crate) fn limits(&self) -> Limits {
+        Limits { size_bytes: self.size_bytes.load(Ordering::Acquire), ..self.first }
+    }
+
+    /// The disk has so many bytes now; tells whether these are more whole blocks than before. One
+    /// that has shrunk keeps its size in the guest's eyes, and requests behind the end fail.
+    pub(crate) fn grow_to(&self, size_bytes: u64) -> bool {
+        let size_bytes = size_bytes - size_bytes % self.first.block_bytes;
+        self.size_bytes.fetch_max(size_bytes, Ordering::AcqRel) < size_bytes
+    }
+}
+
 /// How soon to try again for the lock: a guest waits meanwhile.
 const LOCK_PAUSE: Duration = Duration::from_millis(1);
 
@@ -118,6 +144,7 @@ const LOCK_PAUSE: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 pub(crate) struct Disk {
     file: File,
+    /// As they were when it was opened.
     pub(crate) limits: Limits,
     /// Set if I/O is direct.
     pub(crate) alignment: Option<Alignment>,
@@ -182,6 +209,11 @@ impl Disk {
             can_zero: can(FallocateFlags::ZERO_RANGE),
         };
         Ok(Self { file, limits, alignment })
+    }
+
+    /// How many bytes it has now.
+    pub(crate) fn size_bytes(&self) -> io::Result<u64> {
+        (&self.file).seek(SeekFrom::End(0))
     }
 }
 

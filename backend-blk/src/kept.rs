@@ -1,7 +1,8 @@
 //! What a guest was told of the disk, in memory that outlives the process: enough for a stand-in to
 //! say the same of a disk that is gone.
 //!
-//! The first process of a device writes it down, and none changes it: it is what the guest knows.
+//! The first process of a device writes it down. Its successors show the guest what it knows: only
+//! the size may change, when the disk has grown and the guest is told so.
 
 use std::sync::atomic::Ordering;
 
@@ -97,4 +98,13 @@ pub(crate) fn write(estate: Option<&Estate>, limits: &Limits) -> Result<(), Kept
     memory.store(limits.block_bytes, BLOCK_AT, Ordering::Release).map_err(small)?;
     // The version last: what it vouches for is there.
     memory.store(VERSION, VERSION_AT, Ordering::Release).map_err(small)
+}
+
+/// The guest is about to be told that the disk has so many bytes.
+pub(crate) fn grow(estate: Option<&Estate>, size_bytes: u64) {
+    if let Some(estate) = estate
+        && let Err(error) = estate.state.slice().store(size_bytes, SIZE_AT, Ordering::Release)
+    {
+        log::warn!("a successor will not know how large the disk is: {error}");
+    }
 }

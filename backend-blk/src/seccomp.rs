@@ -15,5 +15,7 @@ pub const POLICY: Policy = Policy {
         libc::SYS_fdatasync,
         libc::SYS_fallocate,
     ],
+    // An image may grow under its guest.
+    refreshes: true,
     ..Policy::of("block")
 };

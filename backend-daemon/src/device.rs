@@ -49,6 +49,9 @@ pub enum DeviceError {
     },
 }
 
+/// Why a state can't be saved or loaded.
+pub type StateError = Box<dyn std::error::Error + Send + Sync>;
+
 /// One virtio device.
 pub trait Device: Send + 'static {
     /// Serves one group of queues.
@@ -73,6 +76,37 @@ pub trait Device: Send + 'static {
     /// The guest wrote to the configuration space. Most devices have nothing to write there.
     fn write_config(&mut self, offset: u32, bytes: &[u8]) {
         log::debug!("ignored a write of {} bytes at {offset} of the configuration", bytes.len());
+    }
+
+    /// The host says (by SIGHUP, if the policy takes it) that what the device stands for may have
+    /// changed. Gives whether the configuration space reads differently now: the frontend is told.
+    fn refresh(&mut self) -> bool {
+        false
+    }
+
+    /// Whether there is state that another process would need to go on in this one's place, beside
+    /// what the frontend knows: what [`Device::save`] gives and [`Device::load`] takes. It is for
+    /// frontends that move a guest to another host, while no ring runs.
+    fn has_state(&self) -> bool {
+        false
+    }
+
+    /// The state, with its version.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it can't be had; the frontend is told so, and the device goes on.
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(Vec::new())
+    }
+
+    /// Takes over a state, which may be anything.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it can't be read or does not fit; the device is then as it was before.
+    fn load(&mut self, state: &[u8]) -> Result<(), StateError> {
+        if state.is_empty() { Ok(()) } else { Err("the device has no state".into()) }
     }
 
     /// Which queues share a worker: a partition of `0..queue_count`, one thread each.

@@ -11,8 +11,8 @@ pub mod ring;
 #[cfg(feature = "testing")]
 pub mod testing;
 
+mod beside;
 mod doorbell;
-mod early;
 mod fault;
 mod inflight;
 mod memory;

@@ -49,6 +49,8 @@ pub struct Policy {
     /// there. No folder outside stays open then: the socket's path is left for a successor, which
     /// takes it over.
     pub leaves_root: bool,
+    /// SIGHUP does not end the process, but has [`Device::refresh`] called.
+    pub refreshes: bool,
 }
 
 impl Policy {
@@ -63,6 +65,7 @@ impl Policy {
             keep_capabilities: &[],
             removes_files: false,
             leaves_root: false,
+            refreshes: false,
         }
     }
 }
@@ -180,7 +183,7 @@ fn serve<D: Device>(
     build: impl FnOnce() -> Result<D, BuildError>,
 ) -> Result<BackendExit, RunError> {
     panic::set_hook(Box::new(log_panic));
-    let signals = Signals::take().map_err(RunError::Signals)?;
+    let signals = Signals::take(policy.refreshes).map_err(RunError::Signals)?;
     let ready = args.ready_fd.map(inherited_fd).transpose().map_err(RunError::Ready)?;
     // The device first: a frontend must not find a socket that nobody will serve.
     let mut device = build()?;

@@ -6,8 +6,10 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::retry_on_intr;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
     VhostUserLog, VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg,
@@ -15,11 +17,12 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{
     BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut,
-    VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    VhostUserProtocolFeatures,
 };
 
+use crate::beside::{self, Message};
 use crate::device::Device;
-use crate::early;
+use crate::doorbell::Doorbell;
 use crate::fault::{self, Moment};
 use crate::logging::chain;
 use crate::memory::MAX_REGIONS;
@@ -30,7 +33,8 @@ use crate::vring::Addresses;
 /// thread ever takes.
 pub(crate) type SharedSession<D> = Arc<Mutex<Session<D>>>;
 
-/// Serves one frontend until it hangs up or breaks the protocol.
+/// Serves one frontend until it hangs up or breaks the protocol. When `refresh` rings, the device
+/// looks again at what it stands for.
 ///
 /// # Errors
 ///
@@ -38,6 +42,7 @@ pub(crate) type SharedSession<D> = Arc<Mutex<Session<D>>>;
 pub(crate) fn serve<D: Device>(
     stream: UnixStream,
     session: &SharedSession<D>,
+    refresh: &Doorbell,
 ) -> std::result::Result<(), SessionError> {
     log::debug!("a frontend connected");
     let own = match stream.try_clone() {
@@ -49,36 +54,63 @@ pub(crate) fn serve<D: Device>(
     };
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(session));
     loop {
+        if wait(&own, refresh) {
+            lock(session).refresh();
+        }
         // A socket that fails here fails for the handler too, which then says how.
-        let early = early::peek(&own).unwrap_or_default();
+        let message = beside::peek(&own).unwrap_or_default();
         fault::pass(&Moment::MessageCame);
-        match handler.handle_request() {
+        let message = message.filter(|message| lock(session).takes(*message));
+        let done = match message {
+            Some(message) => carry_out(message, &own, session),
+            None => handler.handle_request(),
+        };
+        match done {
             Ok(()) | Err(Error::SocketRetry(_)) => {}
             Err(Error::Disconnected) => {
                 log::debug!("the frontend hung up");
                 break;
-            }
-            Err(Error::InactiveFeature(VhostUserVirtioFeatures::PROTOCOL_FEATURES))
-                if let Some(state) = early =>
-            {
-                let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
-                let done = session.enable(state.index, state.enable).map_err(refuse);
-                if let Err(error) =
-                    done.and_then(|()| state.answer(&own).map_err(Error::SocketError))
-                {
-                    log::warn!("dropped the frontend: {}", chain(&error));
-                    break;
-                }
             }
             Err(error) => {
                 log::warn!("dropped the frontend: {}", chain(&error));
                 break;
             }
         }
+        lock(session).transfer(&own);
         fault::pass(&Moment::MessageHandled);
     }
     drop(handler);
-    session.lock().unwrap_or_else(PoisonError::into_inner).end()
+    lock(session).end()
+}
+
+/// Waits for a message, or for the bell; gives whether it was the bell.
+fn wait(socket: &UnixStream, refresh: &Doorbell) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::IN), PollFd::new(refresh, PollFlags::IN)];
+    // What goes wrong here goes wrong for the next read too.
+    let ready = retry_on_intr(|| poll(&mut fds, None));
+    let rang = ready.is_ok() && fds[1].revents().contains(PollFlags::IN);
+    if rang {
+        refresh.hear();
+    }
+    rang
+}
+
+fn lock<D>(session: &SharedSession<D>) -> MutexGuard<'_, Session<D>> {
+    session.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Carries out a message that the `vhost` crate does not know.
+fn carry_out<D: Device>(
+    message: Message,
+    own: &UnixStream,
+    session: &SharedSession<D>,
+) -> Result<()> {
+    let fd = message.take(own).map_err(Error::SocketError)?;
+    let answered = match lock(session).carry_out(message, fd).map_err(refuse)? {
+        Some(value) => message.answer(own, value),
+        None => message.acknowledge(own),
+    };
+    answered.map_err(Error::SocketError)
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
@@ -96,8 +128,11 @@ impl<D: Device> Session<D> {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::STATUS
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
         features.set(VhostUserProtocolFeatures::CONFIG, self.has_config());
+        features.set(VhostUserProtocolFeatures::BACKEND_REQ, self.has_config());
+        features.set(VhostUserProtocolFeatures::DEVICE_STATE, self.has_state());
         features
     }
 }
@@ -175,7 +210,11 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
         let strange = features & !self.protocol_features().bits();
-        if strange == 0 { Ok(()) } else { Err(refuse(SessionError::NotOffered(strange))) }
+        if strange != 0 {
+            return Err(refuse(SessionError::NotOffered(strange)));
+        }
+        self.agree(features);
+        Ok(())
     }
 
     fn get_queue_num(&mut self) -> Result<u64> {
@@ -232,15 +271,17 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
 
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
-        _phase: VhostTransferStatePhase,
-        _fd: File,
+        direction: VhostTransferStateDirection,
+        phase: VhostTransferStatePhase,
+        fd: File,
     ) -> Result<Option<File>> {
-        unsupported("device state was not offered")
+        let VhostTransferStatePhase::STOPPED = phase;
+        self.want_transfer(direction, fd).map_err(refuse)?;
+        Ok(None)
     }
 
     fn check_device_state(&mut self) -> Result<()> {
-        unsupported("device state was not offered")
+        self.check_transfer().map_err(refuse)
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {

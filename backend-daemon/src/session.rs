@@ -3,18 +3,22 @@
 //! A ring runs while the frontend has set it up (a kick descriptor is the last of it) and enabled
 //! it. Whatever changes a running ring stops it first, which drains it, and starts it again.
 
+mod device;
+mod memory;
+
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use vhost::vhost_user::message::{VhostUserInflight, VhostUserMemoryRegion};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::GuestAddressSpace;
 
+use self::device::Transfer;
+use crate::beside::Channel;
 use crate::device::{Device, QueueIndex};
 use crate::doorbell::Doorbell;
-use crate::inflight::{InflightError, Region, make};
+use crate::inflight::{InflightError, Region};
 use crate::memory::{MemoryError, Table};
 use crate::ring::{Memory, Ring, SharedMemory};
 use crate::vring::{Addresses, Kick, StartError, Vring};
@@ -52,6 +56,16 @@ pub(crate) enum SessionError {
     Memory(#[from] MemoryError),
     #[error("{len_bytes} bytes at {offset} are not in the configuration space")]
     Config { offset: u32, len_bytes: usize },
+    #[error("a message has a descriptor too many or too few")]
+    Descriptors,
+    #[error("the device has no state to hand over")]
+    NoState,
+    #[error("the device's state is asked for while queue {queue} runs")]
+    TransferWhileRunning { queue: u16 },
+    #[error("the file for the device's state")]
+    Transfer(#[source] io::Error),
+    #[error("the device's state was not handed over")]
+    NoTransfer,
     #[error(transparent)]
     Worker(#[from] WorkerGone),
 }
@@ -70,6 +84,13 @@ pub(crate) struct Session<D> {
     vrings: Vec<Vring>,
     /// Where chains in flight are marked, if the frontend gave a region for it.
     inflight: Option<Region>,
+    /// The protocol features that the frontend took.
+    agreed: u64,
+    /// The driver's view of the device (virtio 1.3, section 2.1), as the frontend last told it.
+    status: u64,
+    /// Where the frontend hears of a new configuration.
+    channel: Option<Channel>,
+    transfer: Transfer,
 }
 
 impl<D: Device> Session<D> {
@@ -97,6 +118,10 @@ impl<D: Device> Session<D> {
             memory: SharedMemory::new(Memory::new()),
             vrings,
             inflight: None,
+            agreed: 0,
+            status: 0,
+            channel: None,
+            transfer: Transfer::None,
         }
     }
 
@@ -107,10 +132,6 @@ impl<D: Device> Session<D> {
 
     pub(crate) fn queue_count(&self) -> u16 {
         self.device.queue_count()
-    }
-
-    pub(crate) fn has_config(&self) -> bool {
-        !self.device.config().is_empty()
     }
 
     /// The frontend acknowledged these features for the guest.
@@ -209,73 +230,6 @@ impl<D: Device> Session<D> {
         if enabled { self.start(queue) } else { self.stop(queue) }
     }
 
-    /// Makes a region to mark chains in flight in. It is the frontend's to keep and to give back.
-    pub(crate) fn make_inflight(
-        &self,
-        asked: &VhostUserInflight,
-    ) -> Result<(VhostUserInflight, File), SessionError> {
-        Ok(make(asked, self.queue_count(), self.max_queue_size)?)
-    }
-
-    /// Marks chains in flight in this region from now on, and goes on from what is marked there.
-    pub(crate) fn set_inflight(
-        &mut self,
-        given: &VhostUserInflight,
-        file: File,
-    ) -> Result<(), SessionError> {
-        if let Some(queue) = (0..).zip(&self.vrings).find(|(_queue, vring)| vring.running) {
-            return Err(SessionError::SetUpWhileRunning { queue: queue.0 });
-        }
-        self.inflight = Some(Region::adopt(given, file, self.queue_count())?);
-        Ok(())
-    }
-
-    /// Replaces the whole memory table.
-    pub(crate) fn set_memory(
-        &mut self,
-        regions: &[VhostUserMemoryRegion],
-        files: Vec<File>,
-    ) -> Result<(), SessionError> {
-        self.exchange(Table::of(regions, files)?)
-    }
-
-    pub(crate) fn add_memory(
-        &mut self,
-        region: &VhostUserMemoryRegion,
-        file: File,
-    ) -> Result<(), SessionError> {
-        let mut table = self.table.clone();
-        table.add(region, file)?;
-        self.exchange(table)
-    }
-
-    pub(crate) fn remove_memory(
-        &mut self,
-        region: &VhostUserMemoryRegion,
-    ) -> Result<(), SessionError> {
-        let mut table = self.table.clone();
-        table.remove(region)?;
-        self.exchange(table)
-    }
-
-    /// A piece of the configuration space; behind its end it reads as zero, since a frontend may
-    /// know a longer layout.
-    pub(crate) fn config(&self, offset: u32, len_bytes: u32) -> Vec<u8> {
-        let (offset, len_bytes) = (offset as usize, len_bytes as usize);
-        let config = self.device.config();
-        config.into_iter().skip(offset).chain(std::iter::repeat(0)).take(len_bytes).collect()
-    }
-
-    pub(crate) fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), SessionError> {
-        let len_bytes = bytes.len();
-        let end = u64::from(offset) + len_bytes as u64;
-        if end > self.device.config().len() as u64 {
-            return Err(SessionError::Config { offset, len_bytes });
-        }
-        self.device.write_config(offset, bytes);
-        Ok(())
-    }
-
     /// The guest reset the device: rings, settings, and all that was in flight are gone.
     pub(crate) fn reset_rings(&mut self) -> Result<(), SessionError> {
         self.forget_rings()?;
@@ -300,23 +254,9 @@ impl<D: Device> Session<D> {
     /// The frontend went: nothing of its session stays.
     pub(crate) fn end(&mut self) -> Result<(), SessionError> {
         self.forget_rings()?;
-        self.inflight = None;
-        self.acked = None;
+        (self.inflight, self.channel, self.transfer) = (None, None, Transfer::None);
+        (self.acked, self.agreed, self.status) = (None, 0, 0);
         self.exchange(Table::default())
-    }
-
-    fn exchange(&mut self, table: Table) -> Result<(), SessionError> {
-        let memory = table.memory()?;
-        match self.memory.lock() {
-            Ok(exclusive) => exclusive.replace(memory),
-            // The lock is held nowhere else, and replacing can't panic.
-            Err(poisoned) => poisoned.into_inner().replace(memory),
-        }
-        self.table = table;
-        for worker in &self.workers {
-            worker.order(Order::Memory(self.memory.memory()))?;
-        }
-        Ok(())
     }
 
     /// Starts the ring if the frontend has said all that it takes.

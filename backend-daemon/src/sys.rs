@@ -132,7 +132,8 @@ pub(crate) fn epoll() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// Blocks `signals` on the calling thread, and makes a descriptor that they come to.
+/// Blocks `signals` on the calling thread, and makes a descriptor that they come to
+/// and that never blocks.
 pub(crate) fn signals(signals: &[libc::c_int]) -> io::Result<OwnedFd> {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: the pointer is to a whole set, which the call initialises.
@@ -150,8 +151,9 @@ pub(crate) fn signals(signals: &[libc::c_int]) -> io::Result<OwnedFd> {
     if error != 0 {
         return Err(io::Error::from_raw_os_error(error));
     }
+    let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
     // SAFETY: the set is initialised; -1 asks for a new descriptor.
-    let number = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC) };
+    let number = unsafe { libc::signalfd(-1, &raw const set, flags) };
     if number < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -170,6 +170,31 @@ impl Driver {
         self.connection.write_config(offset, bytes)
     }
 
+    /// Waits until the device's daemon says that the configuration is another one.
+    pub fn hear_of_configuration(&mut self) {
+        self.connection.hear_of_configuration();
+    }
+
+    /// Tells the device's daemon the driver's view of the device (`SET_STATUS`).
+    pub fn set_status(&mut self, status: u64) {
+        self.connection.set_status(status).unwrap();
+    }
+
+    /// As the daemon knows it (`GET_STATUS`).
+    pub fn status(&mut self) -> u64 {
+        self.connection.status().unwrap()
+    }
+
+    /// The device's state, if the daemon gives it; all queues have to be stopped.
+    pub fn save_state(&mut self) -> Option<Vec<u8>> {
+        self.connection.save_state().ok()
+    }
+
+    /// Gives the device a state; tells whether it took it. All queues have to be stopped.
+    pub fn load_state(&mut self, state: &[u8]) -> bool {
+        self.connection.load_state(state).is_ok()
+    }
+
     /// Makes a request available and kicks the queue.
     pub fn submit(&mut self, queue: u16, buffers: &[Buffer<'_>]) -> Request {
         let request = self.offer(queue, buffers);
@@ -281,6 +306,11 @@ impl Driver {
     /// unanswered requests forgotten.
     pub fn reset(&mut self) {
         self.connection.reset_device();
+        self.begin_anew();
+    }
+
+    /// Has the driver begin anew, after a reset that the daemon knows of.
+    pub fn begin_anew(&mut self) {
         for queue in &mut self.queues {
             queue.clear(&mut self.memory);
         }

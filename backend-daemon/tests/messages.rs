@@ -69,7 +69,8 @@ impl Random {
 
 /// Negotiates, so that no message is refused only for coming too early.
 fn negotiate(stream: &mut UnixStream) {
-    let protocol: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15;
+    let protocol: u64 =
+        1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16 | 1 << 19;
     for (request, features) in [(SET_PROTOCOL_FEATURES, protocol), (SET_FEATURES, 1 << 30)] {
         stream.write_all(&message(request, &features.to_le_bytes())).unwrap();
     }
@@ -98,6 +99,49 @@ fn a_ring_that_does_not_exist_cannot_be_enabled_early() {
     assert_eq!(stream.read(&mut [0]).unwrap(), 0, "the daemon hangs up");
     assert!(daemon.log().contains("there is no queue 2"), "{}", daemon.log());
     assert!(daemon.is_running());
+}
+
+#[test]
+fn a_status_is_kept_and_zero_resets_the_device() {
+    let daemon = echo::start();
+    let options = Options { inflight: true, ..Options::default() };
+    let mut driver = Driver::connect(&daemon.socket(), &options);
+    assert_eq!(driver.status(), 0);
+    driver.set_status(15);
+    assert_eq!(driver.status(), 15);
+    assert_eq!(echo::ask(&mut driver, b"hello"), b"hello");
+    driver.set_status(0);
+    assert_eq!(driver.status(), 0);
+    let entries = |driver: &Driver| driver.inflight_region()[8..].to_vec();
+    assert!(entries(&driver)[..2] == [0, 0], "the region is as good as new");
+    driver.begin_anew();
+    driver.set_status(15);
+    assert_eq!(echo::ask(&mut driver, b"again"), b"again");
+    // A frontend that hangs up takes the status with it.
+    drop(driver);
+    let mut next = Driver::connect(&daemon.socket(), &options);
+    assert_eq!(next.status(), 0);
+    assert_eq!(echo::ask(&mut next, b"next"), b"next");
+}
+
+#[test]
+fn a_state_is_handed_over_whole_while_no_ring_runs() {
+    let daemon = echo::start();
+    let mut driver = Driver::connect(&daemon.socket(), &Options::default());
+    assert!(driver.write_config(0, b"a device"));
+    assert_eq!(driver.save_state(), None, "a ring runs");
+    drop(driver);
+    let mut driver = Driver::connect(&daemon.socket(), &Options::default());
+    let base = driver.stop_queue(0);
+    let state = driver.save_state().unwrap();
+    assert_eq!(state.len(), 8 << 16);
+    assert!(driver.write_config(0, b"changed!"));
+    assert!(driver.load_state(&state));
+    assert_eq!(driver.config(0, 8), b"a device");
+    driver.start_queue(0, base);
+    assert_eq!(echo::ask(&mut driver, b"still"), b"still");
+    driver.stop_queue(0);
+    assert!(!driver.load_state(b"something else"));
 }
 
 #[test]

@@ -14,7 +14,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use backend_daemon::device::{
-    Device, DeviceError, Interest, QueueIndex, Rings, Sources, Token, Worker,
+    Device, DeviceError, Interest, QueueIndex, Rings, Sources, StateError, Token, Worker,
 };
 use backend_daemon::process::{BuildError, inherited_fd};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -27,6 +27,7 @@ use virtio_bindings::virtio_net::{
 use crate::args::{Args, Mac};
 use crate::control;
 use crate::header::{Features, HEADER_BYTES, LEGACY_HEADER_BYTES};
+use crate::kept::Kept;
 use crate::pairs::Pairs;
 use crate::receive::{Received, Receiver};
 use crate::tap::{self, Offloads, Tap};
@@ -134,6 +135,19 @@ impl Device for NetDevice {
         config.extend(self.pairs.count().to_le_bytes());
         config.extend(self.mtu.unwrap_or(0).to_le_bytes());
         config
+    }
+
+    fn has_state(&self) -> bool {
+        self.has_control_queue()
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(Kept::save(self.pairs.active()))
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), StateError> {
+        self.pairs.set_active(Kept::load(state, self.pairs.count())?);
+        Ok(())
     }
 
     fn groups(&self) -> Vec<Vec<QueueIndex>> {

@@ -23,6 +23,12 @@ pub(crate) enum KeptError {
         /// Its length.
         len_bytes: usize,
     },
+    /// It is no state of this device.
+    #[error("the state has {len_bytes} bytes")]
+    Length {
+        /// Its length.
+        len_bytes: usize,
+    },
     /// Another program wrote it.
     #[error("the state has version {version}, and this program knows version {VERSION}")]
     Version {
@@ -64,6 +70,23 @@ impl Kept {
         let kept = Self { estate };
         kept.write(active);
         Ok((kept, active))
+    }
+
+    /// What another process has to know, if this device goes on elsewhere.
+    pub(crate) fn save(active: u16) -> Vec<u8> {
+        [&VERSION.to_le_bytes()[..], &active.to_le_bytes()].concat()
+    }
+
+    /// How many pairs are in use, by what another process saved.
+    pub(crate) fn load(state: &[u8], count: u16) -> Result<u16, KeptError> {
+        let bytes: &[u8; 6] =
+            state.try_into().map_err(|_length| KeptError::Length { len_bytes: state.len() })?;
+        let [a, b, c, d, low, high] = *bytes;
+        match (u32::from_le_bytes([a, b, c, d]), u16::from_le_bytes([low, high])) {
+            (VERSION, active) if (1..=count).contains(&active) => Ok(active),
+            (VERSION, active) => Err(KeptError::Pairs { active, count }),
+            (version, _) => Err(KeptError::Version { version }),
+        }
     }
 
     /// Writes down how many pairs are in use.

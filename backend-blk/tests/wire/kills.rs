@@ -11,13 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use backend_daemon::testing::{DEADLINE, Daemon, Driver, Options, connect_soon};
+use backend_daemon::testing::{Buffer, DEADLINE, Daemon, Driver, Options, connect_soon};
 use rustix::fs::{FlockOperation, fcntl_lock};
 use rustix::process::Signal;
 use tempfile::NamedTempFile;
 
 use super::guest::{Dice, Guest};
-use super::{OK, image, pattern, read, start, write};
+use super::{OK, OUT, header, image, pattern, read, start, write};
 
 fn from_environment(name: &str, otherwise: u32) -> u32 {
     env::var(name).map_or(otherwise, |value| value.parse().unwrap())
@@ -210,6 +210,45 @@ fn a_death_at_any_step_loses_nothing_and_repeats_nothing() {
     storm.end();
     for step in STEPS {
         assert!(died_at.contains(step), "nothing died at {step}: {died_at:?}");
+    }
+}
+
+#[test]
+fn frontends_that_come_and_go_under_load_lose_nothing_and_repeat_nothing() {
+    let mut dice = Dice::new(7);
+    let (options, arguments) = device(&mut dice);
+    let mut storm = Storm::begin(options, arguments, dice);
+    for _frontend in 0..50 {
+        storm.guest.work();
+        storm.guest.submit();
+        storm.guest.driver.reconnect(&storm.daemon.socket());
+    }
+    storm.guest.finish();
+    assert!(storm.daemon.is_running());
+    storm.guest.check(storm.disk.as_file());
+}
+
+#[test]
+fn a_reset_leaves_nothing_in_flight_to_a_successor() {
+    let disk = image();
+    let mut daemon = start(&disk, &["--lock-wait", "60"]);
+    let options = Options { inflight: true, ..Options::default() };
+    let mut driver = Driver::connect(&daemon.socket(), &options);
+    for round in 0..10 {
+        let (header, data) = (header(OUT, 0), pattern(round, 4096));
+        let buffers = [Buffer::Out(&header), Buffer::Out(&data), Buffer::In(1)];
+        (0..16).for_each(|_request| {
+            driver.submit(0, &buffers);
+        });
+        driver.reset();
+        assert!(driver.inflight_region()[16..].chunks(16).all(|entry| entry[0] == 0));
+        assert_eq!(write(&mut driver, 0, 8, &pattern(round, 512)), OK);
+        daemon.signal(Signal::KILL);
+        daemon.wait();
+        daemon = start(&disk, &["--lock-wait", "60"]);
+        driver.reconnect(&daemon.socket());
+        assert_eq!(read(&mut driver, 0, 8, 512), (pattern(round, 512), OK));
+        assert_eq!(driver.in_flight(0), 0);
     }
 }
 

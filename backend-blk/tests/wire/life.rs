@@ -7,12 +7,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
-use backend_daemon::testing::{Daemon, Driver, Options, connect_soon};
+use backend_daemon::testing::{DEADLINE, Daemon, Driver, Options, connect_soon};
 use rustix::process::{Signal, geteuid};
 use tempfile::NamedTempFile;
 
-use super::{OK, image, pattern, read, start, write};
+use super::{DISK_BYTES, IOERR, OK, image, pattern, read, start, write};
 
 #[test]
 fn sigterm_and_sigint_end_it_cleanly_and_take_the_socket_away() {
@@ -24,6 +25,45 @@ fn sigterm_and_sigint_end_it_cleanly_and_take_the_socket_away() {
         daemon.signal(signal);
         assert_eq!(daemon.wait().code(), Some(0));
         assert!(!daemon.socket().exists());
+    }
+}
+
+#[test]
+fn a_disk_that_has_grown_is_larger_for_the_guest_once_the_process_is_told() {
+    for extra in [&[][..], &["--direct"]] {
+        let disk = image();
+        let daemon = start(&disk, extra);
+        let mut driver = Driver::connect(&daemon.socket(), &Options::default());
+        let sectors = |driver: &mut Driver| driver.config(0, 8);
+        assert_eq!(sectors(&mut driver), (DISK_BYTES / 512).to_le_bytes());
+        disk.as_file().set_len(2 * DISK_BYTES).unwrap();
+        assert_eq!(write(&mut driver, 0, DISK_BYTES / 512, &pattern(1, 4096)), IOERR);
+        daemon.signal(Signal::HUP);
+        driver.hear_of_configuration();
+        assert_eq!(sectors(&mut driver), (2 * DISK_BYTES / 512).to_le_bytes());
+        assert_eq!(write(&mut driver, 0, DISK_BYTES / 512, &pattern(1, 4096)), OK);
+        // A part of a block is none, and a disk never shrinks under its guest.
+        for bytes in [2 * DISK_BYTES + 100, DISK_BYTES] {
+            disk.as_file().set_len(bytes).unwrap();
+            daemon.signal(Signal::HUP);
+            assert_eq!(read(&mut driver, 0, 0, 512).1, OK);
+            assert_eq!(sectors(&mut driver), (2 * DISK_BYTES / 512).to_le_bytes());
+        }
+        assert_eq!(read(&mut driver, 0, DISK_BYTES / 512, 4096).1, IOERR, "it is not there");
+    }
+}
+
+#[test]
+fn a_disk_that_grows_while_there_is_no_frontend_is_seen_by_the_next_one() {
+    let disk = image();
+    let daemon = start(&disk, &[]);
+    drop(Driver::connect(&daemon.socket(), &Options::default()));
+    disk.as_file().set_len(2 * DISK_BYTES).unwrap();
+    daemon.signal(Signal::HUP);
+    let deadline = Instant::now() + DEADLINE;
+    let grown = (2 * DISK_BYTES / 512).to_le_bytes();
+    while Driver::connect(&daemon.socket(), &Options::default()).config(0, 8) != grown {
+        assert!(Instant::now() < deadline, "{}", daemon.log());
     }
 }
 

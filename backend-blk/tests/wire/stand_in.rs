@@ -13,7 +13,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socke
 use rustix::process::Signal;
 use tempfile::NamedTempFile;
 
-use super::{FLUSH, IOERR, OK, OUT, header, image, pattern, read, simple, write};
+use super::{DISK_BYTES, FLUSH, IOERR, OK, OUT, header, image, pattern, read, simple, write};
 
 const DEPTH: u64 = 32;
 /// Every kill finds something in flight, or nearly.
@@ -129,4 +129,27 @@ fn a_stand_in_without_a_predecessor_is_refused() {
     let (mut daemon, _store) = start(&state(), &disk.path().display().to_string(), &["--stand-in"]);
     assert_eq!(daemon.wait().code(), Some(6), "{}", daemon.log());
     assert!(daemon.log().contains("no predecessor"), "{}", daemon.log());
+}
+
+#[test]
+fn a_successor_shows_the_disk_as_the_guest_knows_it_until_it_is_told_that_it_grew() {
+    let (state, disk) = (state(), image());
+    let path = disk.path().display().to_string();
+    let (mut daemon, _store) = start(&state, &path, &[]);
+    let mut driver = Driver::connect(&daemon.socket(), &Options::default());
+    let sectors = |bytes: u64| (bytes / 512).to_le_bytes();
+    disk.as_file().set_len(2 * DISK_BYTES).unwrap();
+    daemon.signal(Signal::KILL);
+    daemon.wait();
+    let (mut daemon, _store) = start(&state, &path, &[]);
+    driver.reconnect(&daemon.socket());
+    assert_eq!(driver.config(0, 8), sectors(DISK_BYTES));
+    daemon.signal(Signal::HUP);
+    driver.hear_of_configuration();
+    assert_eq!(driver.config(0, 8), sectors(2 * DISK_BYTES));
+    daemon.signal(Signal::KILL);
+    daemon.wait();
+    let (daemon, _store) = start(&state, &path, &[]);
+    driver.reconnect(&daemon.socket());
+    assert_eq!(driver.config(0, 8), sectors(2 * DISK_BYTES));
 }

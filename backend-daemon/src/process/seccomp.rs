@@ -63,6 +63,8 @@ const PROTOCOL: &[c_long] = &[
     // `File::metadata` of a descriptor: no path is followed with an empty one.
     libc::SYS_statx,
     libc::SYS_shutdown,
+    // How a device finds that its file has grown.
+    libc::SYS_lseek,
     // It makes the region in which requests in flight are marked.
     libc::SYS_memfd_create,
     libc::SYS_ftruncate,

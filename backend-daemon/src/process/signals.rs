@@ -1,24 +1,36 @@
-//! The signals that end the process, as a descriptor.
+//! The signals that end the process, or have it look around, as a descriptor.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::sys;
 
-/// SIGTERM and SIGINT, taken from their usual course.
+/// SIGTERM, SIGINT and perhaps SIGHUP, taken from their usual course.
 pub(super) struct Signals(OwnedFd);
+
+/// What a signal asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asked {
+    /// To end.
+    End,
+    /// To look again at what the device stands for.
+    Refresh,
+}
 
 impl Signals {
     /// Blocks the signals for the calling thread and all it starts; they come to the descriptor.
-    pub(super) fn take() -> io::Result<Self> {
-        Ok(Self(sys::signals(&[libc::SIGTERM, libc::SIGINT])?))
+    pub(super) fn take(refreshes: bool) -> io::Result<Self> {
+        let all = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+        Ok(Self(sys::signals(if refreshes { &all } else { &all[..2] })?))
     }
 
-    /// Whether one has come; it is left there, since the process ends by it.
-    pub(super) fn pending(&self) -> bool {
-        let mut fds = [rustix::event::PollFd::new(&self.0, rustix::event::PollFlags::IN)];
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        rustix::event::poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+    /// Takes a signal that has come.
+    pub(super) fn next(&self) -> Option<Asked> {
+        let mut bytes = [0; size_of::<libc::signalfd_siginfo>()];
+        let len = rustix::io::read(&self.0, &mut bytes).ok()?;
+        let [number, ..] = bytes[..len].as_chunks().0 else { return None };
+        let is_hangup = i32::from_ne_bytes(*number) == libc::SIGHUP;
+        Some(if is_hangup { Asked::Refresh } else { Asked::End })
     }
 }
 

@@ -4,7 +4,7 @@
 //!            .- worker 0 ... n: serve queues        (never end, but by a fault)
 //!   main ----+
 //!    waits   `- protocol: one frontend at a time  (ends with a connected socket)
-//!    for SIGTERM, SIGINT and for the end of any of them
+//!    for SIGTERM, SIGINT, SIGHUP and for the end of any of them
 //! ```
 //!
 //! A thread that ends, by an error or by a panic, ends the process: a device whose queue nobody
@@ -21,7 +21,7 @@ use nacre_proto::exit::BackendExit;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::jail::{Cell, Jail, JailError};
-use super::signals::Signals;
+use super::signals::{Asked, Signals};
 use super::socket::Socket;
 use crate::device::{Device, DeviceError, QueueIndex, Worker};
 use crate::doorbell::Doorbell;
@@ -80,6 +80,8 @@ pub(super) struct Threads {
     line: Line,
     jail: Arc<Jail>,
     started: usize,
+    /// Rung to have the device look again at what it stands for.
+    refresh: Arc<Doorbell>,
     /// Holds the protocol thread back, until it is sent something.
     gate: Option<Sender<()>>,
 }
@@ -92,7 +94,8 @@ impl Threads {
         let (sender, news) = mpsc::channel();
         let bell = Arc::new(Doorbell::make()?);
         let line = Line { news: sender, bell: Arc::clone(&bell) };
-        Ok(Self { news, bell, line, jail: Arc::new(jail), started: 0, gate: None })
+        let refresh = Arc::new(Doorbell::make()?);
+        Ok(Self { news, bell, line, jail: Arc::new(jail), started: 0, refresh, gate: None })
     }
 
     /// Makes a device's workers; still outside the jail.
@@ -124,10 +127,11 @@ impl Threads {
         let session = Arc::new(Mutex::new(Session::new(device, handles, &groups)));
         let (gate, opened) = mpsc::channel();
         self.gate = Some(gate);
+        let refresh = Arc::clone(&self.refresh);
         self.spawn("protocol".to_owned(), Cell::Protocol, move |jailed| {
             jailed()?;
             opened.recv().map_err(|_error| ThreadsError::Early)?;
-            Ok(accept(socket, &session))
+            Ok(accept(socket, &session, &refresh))
         })?;
         for _thread in 0..self.started {
             match self.news.recv() {
@@ -190,12 +194,20 @@ impl Threads {
         gate.send(()).map_err(|_error| ThreadsError::Early)
     }
 
+    fn ask_to_refresh(&self) {
+        if let Err(error) = self.refresh.ring() {
+            log::warn!("cannot wake the protocol thread: {error}");
+        }
+    }
+
     /// Waits for a signal to end, or for the end of a thread.
     pub(super) fn wait(&self, signals: &Signals) -> BackendExit {
         loop {
             self.bell.hear();
-            if signals.pending() {
-                return BackendExit::Done;
+            match signals.next() {
+                Some(Asked::End) => return BackendExit::Done,
+                Some(Asked::Refresh) => self.ask_to_refresh(),
+                None => {}
             }
             match self.news.try_recv() {
                 Ok(News::Ended(exit)) => return exit,
@@ -220,13 +232,17 @@ impl Threads {
 }
 
 /// Serves frontends for as long as there can be any.
-fn accept<D: Device>(socket: Socket, session: &SharedSession<D>) -> BackendExit {
+fn accept<D: Device>(
+    socket: Socket,
+    session: &SharedSession<D>,
+    refresh: &Doorbell,
+) -> BackendExit {
     let served = match socket {
-        Socket::Connected(stream) => protocol::serve(stream, session),
+        Socket::Connected(stream) => protocol::serve(stream, session, refresh),
         Socket::Listening(listener) => loop {
             match listener.accept() {
                 Ok((stream, _address)) => {
-                    if let Err(gone) = protocol::serve(stream, session) {
+                    if let Err(gone) = protocol::serve(stream, session, refresh) {
                         break Err(gone);
                     }
                 }

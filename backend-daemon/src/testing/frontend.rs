@@ -2,13 +2,16 @@
 
 use std::error::Error;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{Read, Write, pipe};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
+    VhostUserHeaderFlag, VhostUserInflight,
+};
 use vhost::vhost_user::{
     Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
@@ -18,7 +21,7 @@ use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMm
 
 use super::memory::{GuestMemory, Region};
 use super::queue::GuestQueue;
-use super::{Enabling, Options};
+use super::{DEADLINE, Enabling, Options};
 
 /// What became of a conversation; it fails if the daemon refuses, or is gone.
 pub(super) type Told<T> = Result<T, Box<dyn Error>>;
@@ -28,6 +31,8 @@ pub(super) struct Connection {
     stream: UnixStream,
     pub(super) features: u64,
     enabling: Enabling,
+    /// Where the backend sends messages of its own.
+    requests: Option<UnixStream>,
 }
 
 /// The region in which a backend marks its requests in flight, as the frontend keeps it.
@@ -72,6 +77,9 @@ impl Connection {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::STATUS
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::DEVICE_STATE
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
         let inflight = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
         let known = if options.inflight { known | inflight } else { known };
@@ -84,9 +92,15 @@ impl Connection {
         }
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         frontend.set_features(features)?;
+        let mut requests = None;
+        if protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
+            let (ours, theirs) = UnixStream::pair()?;
+            frontend.set_backend_request_fd(&theirs)?;
+            requests = Some(ours);
+        }
         let queues = frontend.get_queue_num()?;
         assert!(queues >= options.queues.into(), "the device has only {queues} queues");
-        Ok(Self { frontend, stream: own, features, enabling: options.enabling })
+        Ok(Self { frontend, stream: own, features, enabling: options.enabling, requests })
     }
 
     pub(super) fn has_event_idx(&self) -> bool {
@@ -173,6 +187,57 @@ impl Connection {
 
     pub(super) fn write_config(&mut self, offset: u32, bytes: &[u8]) -> bool {
         self.frontend.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes).is_ok()
+    }
+
+    /// Waits until the backend says that the configuration is another one.
+    pub(super) fn hear_of_configuration(&mut self) {
+        let requests = self.requests.as_mut().expect("the device has a configuration");
+        requests.set_read_timeout(Some(DEADLINE)).unwrap();
+        let mut message = [0; 12];
+        requests.read_exact(&mut message).unwrap();
+        let expected = [2_u32, 1, 0].map(u32::to_le_bytes);
+        assert_eq!(message, expected.as_flattened());
+    }
+
+    /// `SET_STATUS`, acknowledged.
+    pub(super) fn set_status(&mut self, status: u64) -> Told<()> {
+        let message = [39_u32, 1 | 1 << 3, 8].map(u32::to_le_bytes);
+        self.stream.write_all(&[message.as_flattened(), &status.to_le_bytes()].concat())?;
+        if self.number(39)? == 0 { Ok(()) } else { Err("it was refused".into()) }
+    }
+
+    /// `GET_STATUS`.
+    pub(super) fn status(&mut self) -> Told<u64> {
+        self.stream.write_all([40_u32, 1, 0].map(u32::to_le_bytes).as_flattened())?;
+        self.number(40)
+    }
+
+    /// The reply to a message: a number.
+    fn number(&mut self, request: u32) -> Told<u64> {
+        let mut reply = [0; 20];
+        self.stream.read_exact(&mut reply)?;
+        let header = [request, 1 | 1 << 2, 8].map(u32::to_le_bytes);
+        assert_eq!(reply[..12], *header.as_flattened());
+        Ok(u64::from_le_bytes(reply[12..].try_into()?))
+    }
+
+    pub(super) fn save_state(&mut self) -> Told<Vec<u8>> {
+        let (mut ours, theirs) = pipe()?;
+        let (save, stopped) = (VhostTransferStateDirection::SAVE, VhostTransferStatePhase::STOPPED);
+        self.frontend.set_device_state_fd(save, stopped, theirs.into())?;
+        let mut state = Vec::new();
+        ours.read_to_end(&mut state)?;
+        self.frontend.check_device_state()?;
+        Ok(state)
+    }
+
+    pub(super) fn load_state(&mut self, state: &[u8]) -> Told<()> {
+        let (theirs, mut ours) = pipe()?;
+        let (load, stopped) = (VhostTransferStateDirection::LOAD, VhostTransferStatePhase::STOPPED);
+        self.frontend.set_device_state_fd(load, stopped, theirs.into())?;
+        ours.write_all(state)?;
+        drop(ours);
+        Ok(self.frontend.check_device_state()?)
     }
 
     pub(super) fn send_garbage(&mut self, bytes: &[u8]) {

@@ -7,11 +7,14 @@ use std::fs;
 use std::io;
 use std::process::{Command, ExitCode, abort, exit};
 
-use backend_daemon::device::{Device, DeviceError, QueueIndex, Rings, Sources, Token, Worker};
+use backend_daemon::device::{
+    Device, DeviceError, QueueIndex, Rings, Sources, StateError, Token, Worker,
+};
 use backend_daemon::process::{DaemonArgs, Policy, run};
 use backend_daemon::testing::{Buffer, Daemon, Driver};
 use clap::Parser as _;
 
+const STATE_REPEATS: usize = 1 << 16;
 const SOCKET: &str = "NACRE_TEST_SOCKET";
 
 #[derive(clap::Parser)]
@@ -51,6 +54,24 @@ impl Device for Echo {
     fn write_config(&mut self, offset: u32, bytes: &[u8]) {
         let offset = offset as usize;
         self.config[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn has_state(&self) -> bool {
+        true
+    }
+
+    /// More than a pipe holds at once.
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(self.config.repeat(STATE_REPEATS))
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), StateError> {
+        if state.len() != self.config.len() * STATE_REPEATS {
+            return Err("it is of another length".into());
+        }
+        let own = self.config.len();
+        self.config.copy_from_slice(&state[..own]);
+        Ok(())
     }
 
     fn groups(&self) -> Vec<Vec<QueueIndex>> {

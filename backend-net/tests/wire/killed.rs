@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use backend_daemon::testing::{Buffer, DEADLINE, Driver, Options};
 use rustix::process::Signal;
 
-use crate::frames::{Header, TRANSMIT, frame, offer, send, take, tcp};
+use crate::frames::{Header, TRANSMIT, connect, frame, offer, send, take, tcp};
 use crate::host::{Host, PACKET_HEADER_BYTES, make_persistent, own_network, serve};
 use crate::supervised::Supervisor;
 
@@ -114,5 +114,36 @@ fn a_state_that_cannot_be_read_has_an_exit_code_of_its_own() {
         let mut daemon = supervisor.start();
         assert_eq!(daemon.wait().code(), Some(6), "{}", daemon.log());
         assert!(daemon.log().contains(words), "{}", daemon.log());
+    }
+}
+
+#[test]
+fn the_state_moves_to_another_process_by_way_of_the_frontend() {
+    if !own_network() {
+        return;
+    }
+    let daemon = serve(&["--queue-pairs", "2"]);
+    let mut driver = connect(&daemon, 5);
+    assert_eq!(driver.request(4, &[Buffer::Out(&[4, 0, 2, 0]), Buffer::In(1)]), [0]);
+    let stop = |driver: &mut Driver| {
+        for queue in 0..5 {
+            driver.stop_queue(queue);
+        }
+    };
+    stop(&mut driver);
+    let state = driver.save_state().unwrap();
+    assert_eq!(state, [1, 0, 0, 0, 2, 0]);
+    drop((driver, daemon));
+    let daemon = serve(&["--queue-pairs", "2"]);
+    let mut driver = connect(&daemon, 5);
+    stop(&mut driver);
+    assert_eq!(driver.save_state().unwrap(), [1, 0, 0, 0, 1, 0]);
+    assert!(driver.load_state(&state));
+    assert_eq!(driver.save_state().unwrap(), state);
+    for wrong in [&[1, 0, 0, 0, 3, 0][..], &[2, 0, 0, 0, 1, 0], &[1, 0, 0, 0, 1], &[]] {
+        drop(driver);
+        driver = connect(&daemon, 5);
+        stop(&mut driver);
+        assert!(!driver.load_state(wrong), "{wrong:?}");
     }
 }
