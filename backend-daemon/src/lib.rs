@@ -12,6 +12,7 @@ pub mod ring;
 pub mod testing;
 
 mod beside;
+mod dirty;
 mod doorbell;
 mod fault;
 mod inflight;

@@ -129,6 +129,7 @@ impl<D: Device> Session<D> {
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::STATUS
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
         features.set(VhostUserProtocolFeatures::CONFIG, self.has_config());
         features.set(VhostUserProtocolFeatures::BACKEND_REQ, self.has_config());
@@ -174,13 +175,11 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
-        if !flags.is_empty() {
-            return unsupported("logging of a ring was not offered");
-        }
+        let logged_at = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
         let addresses = Addresses { descriptors: descriptor, avail: available, used };
-        self.set_addresses(index, addresses).map_err(refuse)
+        self.set_addresses(index, addresses, logged_at).map_err(refuse)
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
@@ -288,7 +287,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         unsupported("shared memory was not offered")
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        unsupported("logging was not offered")
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        self.set_dirty_log(log, file).map_err(refuse)
     }
 }

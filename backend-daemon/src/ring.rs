@@ -4,6 +4,7 @@
 //! ones before writable ones, properly ended. A device therefore never meets a bad address. The
 //! guest may rewrite its descriptors afterwards; nobody looks at them again.
 
+mod dirty;
 mod gather;
 mod together;
 mod tracking;
@@ -19,6 +20,7 @@ use vm_memory::{
 
 pub use self::gather::{readv, skip, take, total, writev};
 pub(crate) use self::tracking::Stand;
+use crate::dirty::DirtyLog;
 use crate::doorbell::Doorbell;
 use crate::inflight::Log;
 pub use crate::sys::Segment;
@@ -88,6 +90,8 @@ pub struct Ring {
     broken: bool,
     /// Where chains in flight are marked, if the frontend keeps a region for it.
     log: Option<Log>,
+    /// Where written pages are logged, while the frontend wants to know.
+    dirty: Option<DirtyLog>,
 }
 
 /// One request: a chain of descriptors that the guest made available, checked and taken.
@@ -104,7 +108,7 @@ pub struct Chain {
 impl Ring {
     /// A ring on a `queue` whose areas lie in `memory`.
     pub(crate) fn new(queue: Queue, memory: MemoryGuard, call: Option<Arc<Doorbell>>) -> Self {
-        Self { queue, memory, call, pushed: false, broken: false, log: None }
+        Self { queue, memory, call, pushed: false, broken: false, log: None, dirty: None }
     }
 
     /// The position of the next chain that `pop` takes: what a restart goes on from.
@@ -148,10 +152,13 @@ impl Ring {
         }
         // The guest may add a chain between the last look and the request for a kick (virtio
         // 1.3, section 2.7.10): look again after having asked.
-        if !self.queue.enable_notification(&*self.memory)? {
+        let missed = self.queue.enable_notification(&*self.memory)?;
+        self.log_used_ring();
+        if !missed {
             return Ok(None);
         }
         self.queue.disable_notification(&*self.memory)?;
+        self.log_used_ring();
         self.take()
     }
 
@@ -192,6 +199,7 @@ impl Ring {
     /// Fails if the used ring lies outside the guest's memory.
     #[expect(clippy::needless_pass_by_value, reason = "a chain given back can't be used again")]
     pub fn push(&mut self, chain: Chain, written_bytes: u32) -> Result<(), RingError> {
+        self.log_chain(&chain);
         if let Some(log) = &self.log {
             log.link(chain.head);
         }
@@ -202,6 +210,7 @@ impl Ring {
     fn publish(&mut self, heads: &[u16], written_bytes: u32) -> Result<(), RingError> {
         let Some(last) = heads.last() else { return Ok(()) };
         let added = self.queue.add_used(&*self.memory, *last, written_bytes);
+        self.log_used_ring();
         self.broken |= added.is_err();
         self.pushed |= added.is_ok();
         if added.is_ok()

@@ -17,6 +17,7 @@ use vm_memory::GuestAddressSpace;
 use self::device::Transfer;
 use crate::beside::Channel;
 use crate::device::{Device, QueueIndex};
+use crate::dirty::{Bits, DirtyError};
 use crate::doorbell::Doorbell;
 use crate::inflight::{InflightError, Region};
 use crate::memory::{MemoryError, Table};
@@ -26,6 +27,8 @@ use crate::worker::{Answer, Handle, Order, WorkerGone};
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`: with it a ring starts disabled.
 const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// `VHOST_F_LOG_ALL`: with it written pages are logged. It is never a guest's.
+const LOG_ALL: u64 = 1 << 26;
 
 /// Why a message of the frontend is refused.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +55,8 @@ pub(crate) enum SessionError {
     Doorbell(#[source] io::Error),
     #[error("the inflight region")]
     Inflight(#[from] InflightError),
+    #[error("the log of written pages")]
+    Dirty(#[from] DirtyError),
     #[error("the memory table")]
     Memory(#[from] MemoryError),
     #[error("{len_bytes} bytes at {offset} are not in the configuration space")]
@@ -84,6 +89,8 @@ pub(crate) struct Session<D> {
     vrings: Vec<Vring>,
     /// Where chains in flight are marked, if the frontend gave a region for it.
     inflight: Option<Region>,
+    /// Where written pages are logged, if the frontend gave room for it.
+    dirty: Option<Arc<Bits>>,
     /// The protocol features that the frontend took.
     agreed: u64,
     /// The driver's view of the device (virtio 1.3, section 2.1), as the frontend last told it.
@@ -105,7 +112,7 @@ impl<D: Device> Session<D> {
         let ring_features = 1 << VIRTIO_F_VERSION_1
             | 1 << VIRTIO_RING_F_EVENT_IDX
             | 1 << VIRTIO_RING_F_INDIRECT_DESC;
-        let offered = device.features() | ring_features | PROTOCOL_FEATURES;
+        let offered = device.features() | ring_features | PROTOCOL_FEATURES | LOG_ALL;
         let vrings = (0..count).map(|_queue| Vring::new(max_queue_size)).collect();
         Self {
             device,
@@ -118,6 +125,7 @@ impl<D: Device> Session<D> {
             memory: SharedMemory::new(Memory::new()),
             vrings,
             inflight: None,
+            dirty: None,
             agreed: 0,
             status: 0,
             channel: None,
@@ -139,14 +147,18 @@ impl<D: Device> Session<D> {
         if features & !self.offered != 0 {
             return Err(SessionError::NotOffered(features & !self.offered));
         }
-        if self.acked == Some(features) {
-            return Ok(());
+        if let Some(acked) = self.acked
+            && (acked ^ features) & !LOG_ALL == 0
+        {
+            // Logging begins and ends while rings run.
+            self.acked = Some(features);
+            return self.renew_dirty_logs();
         }
         if self.vrings.iter().any(|vring| vring.running) {
             return Err(SessionError::FeaturesWhileRunning);
         }
         for worker in &self.workers {
-            worker.order(Order::Negotiated(features))?;
+            worker.order(Order::Negotiated(features & !LOG_ALL))?;
         }
         self.acked = Some(features);
         Ok(())
@@ -162,13 +174,19 @@ impl<D: Device> Session<D> {
         Ok(())
     }
 
-    pub(crate) fn set_addresses(&mut self, index: u32, to: Addresses) -> Result<(), SessionError> {
+    /// Says where a ring lies, and where writes to its used part are logged.
+    pub(crate) fn set_addresses(
+        &mut self,
+        index: u32,
+        to: Addresses,
+        logged_at: Option<u64>,
+    ) -> Result<(), SessionError> {
         let (queue, vring) = self.vring(index)?;
         if vring.running && vring.addresses != Some(to) {
             return Err(SessionError::SetUpWhileRunning { queue: queue.0 });
         }
-        vring.addresses = Some(to);
-        Ok(())
+        (vring.addresses, vring.logged_at) = (Some(to), logged_at);
+        if vring.running { self.renew_dirty_log(queue) } else { Ok(()) }
     }
 
     pub(crate) fn set_base(&mut self, index: u32, base: u32) -> Result<(), SessionError> {
@@ -254,7 +272,8 @@ impl<D: Device> Session<D> {
     /// The frontend went: nothing of its session stays.
     pub(crate) fn end(&mut self) -> Result<(), SessionError> {
         self.forget_rings()?;
-        (self.inflight, self.channel, self.transfer) = (None, None, Transfer::None);
+        (self.inflight, self.dirty) = (None, None);
+        (self.channel, self.transfer) = (None, Transfer::None);
         (self.acked, self.agreed, self.status) = (None, 0, 0);
         self.exchange(Table::default())
     }
@@ -274,7 +293,9 @@ impl<D: Device> Session<D> {
             .and_then(|ring| self.tracked(index, ring))
             .map_err(|source| SessionError::Start { queue: index, source })?;
         let err = vring.err.clone();
-        let order = Order::Start { queue, ring: Box::new(ring), kick, err };
+        let mut ring = Box::new(ring);
+        ring.log_dirty(self.dirty_log(queue));
+        let order = Order::Start { queue, ring, kick, err };
         if let Answer::Refused(source) = self.worker(queue).order(order)? {
             return Err(SessionError::Kick { queue: index, source });
         }

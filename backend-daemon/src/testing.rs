@@ -21,6 +21,7 @@ mod daemon;
 mod flood;
 mod frontend;
 mod memory;
+mod moving;
 mod queue;
 mod sys;
 
@@ -33,6 +34,7 @@ pub use self::daemon::Daemon;
 use self::frontend::{Connection, Inflight, Told};
 use self::memory::GuestMemory;
 pub use self::memory::Region;
+pub use self::moving::DirtyLog;
 use self::queue::{Descriptor, GuestQueue};
 pub use self::queue::{Malformed, Request};
 

@@ -34,6 +34,8 @@ pub(crate) enum Kick {
 pub(crate) struct Vring {
     pub(crate) size: u16,
     pub(crate) addresses: Option<Addresses>,
+    /// The guest address under which writes to the used ring are logged, if they are to be.
+    pub(crate) logged_at: Option<u64>,
     /// Where to go on in the available ring, while the ring doesn't run.
     pub(crate) base: u16,
     /// The frontend's sign that the ring is set up; it starts with it and stops without.
@@ -68,6 +70,7 @@ impl Vring {
         Self {
             size: max_size,
             addresses: None,
+            logged_at: None,
             base: 0,
             kick: None,
             call: None,

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 
 use crate::device::{DeviceError, QueueIndex, Rings, Worker};
+use crate::dirty::DirtyLog;
 use crate::doorbell::{Doorbell, Heard};
 use crate::fault::{self, Moment};
 use crate::logging::{Limit, chain};
@@ -36,6 +37,8 @@ pub(crate) enum Order {
     Call(QueueIndex, Option<Arc<Doorbell>>),
     /// Report errors through this descriptor from now on.
     Err(QueueIndex, Option<Arc<Doorbell>>),
+    /// Log the pages that are written through this ring from now on, or no longer.
+    Dirty(QueueIndex, Option<DirtyLog>),
     /// The guest's memory changed.
     Memory(MemoryGuard),
 }
@@ -176,6 +179,11 @@ impl<W: Worker> Thread<W> {
             Order::Err(queue, err) => {
                 if let Some(position) = self.position(queue) {
                     self.doorbells[position].err = err;
+                }
+            }
+            Order::Dirty(queue, dirty) => {
+                if let Some(ring) = self.ring(queue) {
+                    ring.log_dirty(dirty);
                 }
             }
             Order::Memory(memory) => {

@@ -47,6 +47,8 @@ impl Random {
         let own = match request {
             // A memory table of one region, addresses, a region.
             5 | 9 | 37 | 38 => 5,
+            // A log of written pages.
+            6 => 2,
             // An inflight region.
             31 | 32 => 3,
             1 | 3 | 4 | 15 | 17 | 34 | 36 | 43 => 0,
@@ -70,7 +72,7 @@ impl Random {
 /// Negotiates, so that no message is refused only for coming too early.
 fn negotiate(stream: &mut UnixStream) {
     let protocol: u64 =
-        1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16 | 1 << 19;
+        1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16 | 1 << 19;
     for (request, features) in [(SET_PROTOCOL_FEATURES, protocol), (SET_FEATURES, 1 << 30)] {
         stream.write_all(&message(request, &features.to_le_bytes())).unwrap();
     }
@@ -162,7 +164,7 @@ fn no_message_ends_the_process() {
             let bytes = message(request, &random.payload(request));
             let fds: [RawFd; 2] = [memory.as_raw_fd(), event.as_raw_fd()];
             let fds = match request {
-                5 | 32 | 37 => &fds[..1],
+                5 | 6 | 32 | 37 => &fds[..1],
                 12..=14 => &fds[1..],
                 _ => &fds[..usize::from(random.next().is_multiple_of(8))],
             };

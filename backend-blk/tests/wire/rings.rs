@@ -253,3 +253,40 @@ fn a_chain_has_at_most_1024_descriptors() {
     assert_eq!(read(&mut driver, 0, 0, 512).1, OK);
     assert!(daemon.is_running());
 }
+
+#[test]
+fn every_page_that_the_device_writes_is_logged_while_a_frontend_moves_the_guest() {
+    for (options, engine) in every_way() {
+        let options = Options { queues: 2, memory_bytes: 1 << 20, misaligned_bytes: 8, ..options };
+        let disk = image();
+        let daemon = start(&disk, &["--num-queues", "2", "--direct", "--engine", engine]);
+        let mut driver = Driver::connect(&daemon.socket(), &options);
+        write(&mut driver, 0, 0, &pattern(1, 64 << 10));
+        let log = driver.log_dirty();
+        let queues_only = log.pages().len();
+        assert!((1..=2).contains(&queues_only), "{:?}", log.pages());
+        for queue in [0, 1] {
+            let (read, write) = (header(IN, 0), header(OUT, 0));
+            let requests = [
+                driver.offer(queue, &[Buffer::Out(&read), Buffer::In(10_000 - 272), Buffer::In(1)]),
+                driver.offer(queue, &[Buffer::Out(&write), Buffer::Out(&[1; 512]), Buffer::In(1)]),
+            ];
+            let before = driver.pages();
+            driver.kick(queue);
+            for request in requests {
+                driver.wait(queue, request);
+            }
+            let logged = log.pages();
+            let changed = driver.pages().into_iter().filter(|(page, now)| before[page] != *now);
+            let changed: Vec<u64> = changed.map(|(page, _now)| page).collect();
+            assert!(changed.len() >= 4, "{changed:?}");
+            for page in changed {
+                assert!(logged.contains(&page), "page {page:#x} was written");
+            }
+        }
+        driver.stop_log();
+        let before = log.pages();
+        write(&mut driver, 0, 8, &pattern(2, 512));
+        assert_eq!(log.pages(), before, "nobody wants to know any more");
+    }
+}

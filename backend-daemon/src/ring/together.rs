@@ -20,8 +20,11 @@ impl Ring {
         &mut self,
         chains: impl IntoIterator<Item = (Chain, u32)>,
     ) -> Result<(), RingError> {
-        let (heads, written): (Vec<u16>, Vec<u32>) =
-            chains.into_iter().map(|(chain, written_bytes)| (chain.head, written_bytes)).unzip();
+        let give_back = |(chain, written_bytes): (Chain, u32)| {
+            self.log_chain(&chain);
+            (chain.head, written_bytes)
+        };
+        let (heads, written): (Vec<u16>, Vec<u32>) = chains.into_iter().map(give_back).unzip();
         let Some((last_bytes, others)) = written.split_last() else { return Ok(()) };
         if let Some(log) = &self.log {
             for head in &heads {

@@ -1,12 +1,15 @@
-//! The memory that a frontend shares: the guest's, and the region of chains in flight.
+//! The memory that a frontend shares: the guest's, the region of chains in flight, and the log of
+//! written pages.
 
 use std::fs::File;
+use std::sync::Arc;
 
-use vhost::vhost_user::message::{VhostUserInflight, VhostUserMemoryRegion};
+use vhost::vhost_user::message::{VhostUserInflight, VhostUserLog, VhostUserMemoryRegion};
 use vm_memory::GuestAddressSpace;
 
-use super::{Session, SessionError};
-use crate::device::Device;
+use super::{LOG_ALL, Session, SessionError};
+use crate::device::{Device, QueueIndex};
+use crate::dirty::{Bits, DirtyLog};
 use crate::inflight::{Region, make};
 use crate::memory::Table;
 use crate::worker::Order;
@@ -73,5 +76,33 @@ impl<D: Device> Session<D> {
             worker.order(Order::Memory(self.memory.memory()))?;
         }
         Ok(())
+    }
+
+    /// Logs written pages there from now on, as long as `LOG_ALL` is acknowledged.
+    pub(crate) fn set_dirty_log(
+        &mut self,
+        given: &VhostUserLog,
+        file: File,
+    ) -> Result<(), SessionError> {
+        self.dirty = Some(Arc::new(Bits::map(given, file)?));
+        self.renew_dirty_logs()
+    }
+
+    pub(super) fn dirty_log(&self, queue: QueueIndex) -> Option<DirtyLog> {
+        self.acked.filter(|acked| acked & LOG_ALL != 0)?;
+        let used_ring = self.vrings[usize::from(queue.0)].logged_at;
+        self.dirty.clone().map(|bits| DirtyLog { bits, used_ring })
+    }
+
+    /// Tells a running ring's worker what is to be logged now.
+    pub(super) fn renew_dirty_log(&self, queue: QueueIndex) -> Result<(), SessionError> {
+        self.worker(queue).order(Order::Dirty(queue, self.dirty_log(queue)))?;
+        Ok(())
+    }
+
+    pub(super) fn renew_dirty_logs(&self) -> Result<(), SessionError> {
+        let running =
+            (0..).map(QueueIndex).zip(&self.vrings).filter(|(_queue, vring)| vring.running);
+        running.map(|(queue, _vring)| queue).try_for_each(|queue| self.renew_dirty_log(queue))
     }
 }

@@ -15,13 +15,16 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{
     Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMmap};
 
 use super::memory::{GuestMemory, Region};
 use super::queue::GuestQueue;
 use super::{DEADLINE, Enabling, Options};
+
+/// `VHOST_F_LOG_ALL`.
+const LOG_ALL: u64 = 1 << 26;
 
 /// What became of a conversation; it fails if the daemon refuses, or is gone.
 pub(super) type Told<T> = Result<T, Box<dyn Error>>;
@@ -33,6 +36,8 @@ pub(super) struct Connection {
     enabling: Enabling,
     /// Where the backend sends messages of its own.
     requests: Option<UnixStream>,
+    /// Written pages are logged.
+    logs: bool,
 }
 
 /// The region in which a backend marks its requests in flight, as the frontend keeps it.
@@ -71,13 +76,14 @@ impl Connection {
         ] {
             wanted = if wish { wanted | 1 << bit } else { wanted & !(1 << bit) };
         }
-        let features = offered & wanted;
+        let features = offered & wanted & !LOG_ALL;
         let protocol = frontend.get_protocol_features()?;
         let known = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::STATUS
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::DEVICE_STATE
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
@@ -100,7 +106,14 @@ impl Connection {
         }
         let queues = frontend.get_queue_num()?;
         assert!(queues >= options.queues.into(), "the device has only {queues} queues");
-        Ok(Self { frontend, stream: own, features, enabling: options.enabling, requests })
+        Ok(Self {
+            frontend,
+            stream: own,
+            features,
+            enabling: options.enabling,
+            requests,
+            logs: false,
+        })
     }
 
     pub(super) fn has_event_idx(&self) -> bool {
@@ -146,16 +159,8 @@ impl Connection {
         let frontend = &mut self.frontend;
         frontend.set_vring_num(index, queue.size)?;
         frontend.set_vring_base(index, base)?;
-        let addresses = VringConfigData {
-            queue_max_size: queue.size,
-            queue_size: queue.size,
-            flags: 0,
-            desc_table_addr: memory.user_address(queue.descriptors()),
-            used_ring_addr: memory.user_address(queue.used()),
-            avail_ring_addr: memory.user_address(queue.avail()),
-            log_addr: None,
-        };
-        frontend.set_vring_addr(index, &addresses)?;
+        self.set_addresses(queue, memory)?;
+        let frontend = &mut self.frontend;
         frontend.set_vring_call(index, &queue.call)?;
         frontend.set_vring_err(index, &queue.err)?;
         frontend.set_vring_kick(index, &queue.kick)?;
@@ -163,6 +168,43 @@ impl Connection {
             frontend.set_vring_enable(index, true)?;
         }
         Ok(())
+    }
+
+    /// Says where a running queue lies, and whether its used ring is logged.
+    fn set_addresses(&mut self, queue: &GuestQueue, memory: &GuestMemory) -> Told<()> {
+        let index = usize::from(queue.index);
+        let addresses = VringConfigData {
+            queue_max_size: queue.size,
+            queue_size: queue.size,
+            flags: u32::from(self.logs),
+            desc_table_addr: memory.user_address(queue.descriptors()),
+            used_ring_addr: memory.user_address(queue.used()),
+            avail_ring_addr: memory.user_address(queue.avail()),
+            log_addr: self.logs.then(|| queue.used()),
+        };
+        Ok(self.frontend.set_vring_addr(index, &addresses)?)
+    }
+
+    /// Has written pages logged in `file`, as a frontend that begins to move the guest.
+    pub(super) fn log_dirty(
+        &mut self,
+        file: &File,
+        queues: &[GuestQueue],
+        memory: &GuestMemory,
+    ) -> Told<()> {
+        let mmap_size = file.metadata()?.len();
+        let region =
+            VhostUserDirtyLogRegion { mmap_size, mmap_offset: 0, mmap_handle: file.as_raw_fd() };
+        self.frontend.set_log_base(0, Some(region))?;
+        self.logs = true;
+        self.frontend.set_features(self.features | LOG_ALL)?;
+        queues.iter().try_for_each(|queue| self.set_addresses(queue, memory))
+    }
+
+    /// Ends that.
+    pub(super) fn stop_log(&mut self) -> Told<()> {
+        self.logs = false;
+        Ok(self.frontend.set_features(self.features)?)
     }
 
     pub(super) fn stop_queue(&mut self, queue: u16) -> u16 {

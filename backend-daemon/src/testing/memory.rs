@@ -114,6 +114,20 @@ impl GuestMemory {
         bytes
     }
 
+    /// Each page by its number.
+    pub(super) fn pages(&self) -> BTreeMap<u64, Vec<u8>> {
+        let starts = self.map.iter().flat_map(|region| {
+            let start = region.start_addr().0;
+            (start..start + region.len()).step_by(4096)
+        });
+        starts.map(|start| (start / PAGE, self.read_bytes(start, 4096))).collect()
+    }
+
+    /// A number of pages that all of the memory is below.
+    pub(super) fn page_count(&self) -> u64 {
+        self.next_region / PAGE
+    }
+
     /// The address by which the frontend speaks of a guest address.
     pub(super) fn user_address(&self, guest: u64) -> u64 {
         self.map.get_host_address(GuestAddress(guest)).unwrap() as u64

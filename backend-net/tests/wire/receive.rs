@@ -211,3 +211,25 @@ fn buffers_offered_before_a_daemon_was_replaced_are_filled_without_a_kick() {
     host.send(&frame(3, 60));
     assert_eq!(take(&mut driver, &mut buffers).1, frame(3, 60));
 }
+
+#[test]
+fn each_page_of_a_frame_in_several_buffers_is_logged_while_a_frontend_moves_the_guest() {
+    if !own_network() {
+        return;
+    }
+    let daemon = serve(&[]);
+    let host = Host::listen();
+    let options = Options { queues: 2, memory_bytes: 1 << 20, ..Options::default() };
+    let mut driver = Driver::connect(&daemon.socket(), &options);
+    let mut buffers = offer(&mut driver, RECEIVE, 30, 2048);
+    let log = driver.log_dirty();
+    let before = driver.pages();
+    host.send_with(&segments(), &tcp(1, 40_000));
+    let (_header, received) = take(&mut driver, &mut buffers);
+    assert_eq!(received, tcp(1, 40_000));
+    let logged = log.pages();
+    let changed = driver.pages().into_iter().filter(|(page, now)| before[page] != *now);
+    let changed: Vec<u64> = changed.map(|(page, _now)| page).collect();
+    assert!(changed.len() > 20, "{changed:?}");
+    assert!(changed.iter().all(|page| logged.contains(page)), "{changed:?} {logged:?}");
+}
