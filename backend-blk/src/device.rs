@@ -17,16 +17,13 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use crate::args::EngineChoice;
 use crate::blocking::Blocking;
+use crate::config;
 use crate::disk::{Alignment, Disk, Shown};
 use crate::job::Job;
 use crate::kept;
-use crate::request::{
-    HEADER_BYTES, Header, Limits, MAX_RANGE_SECTORS, Operation, RANGE_BYTES, SECTOR_BYTES, Status,
-};
+use crate::request::{HEADER_BYTES, Header, Limits, Operation, RANGE_BYTES, Status};
 use crate::uring::Uring;
 
-/// What the host's file systems and page cache work in: larger guest I/O is cheaper.
-const PHYSICAL_BLOCK_BYTES: u64 = 4096;
 /// QEMU's queues have as many descriptors, whatever `queue-size` it is given; Linux asks for no
 /// more.
 const MAX_QUEUE_SIZE: u16 = 1024;
@@ -121,35 +118,8 @@ impl Device for BlockDevice {
         .fold(0, |features, (bit, _offered)| features | 1 << bit)
     }
 
-    /// `struct virtio_blk_config` (virtio 1.3, section 5.2.4).
     fn config(&self) -> Vec<u8> {
-        let limits = self.shown.limits();
-        let block_bytes = u32::try_from(limits.block_bytes).unwrap_or(u32::MAX);
-        let physical_exponent = (PHYSICAL_BLOCK_BYTES / limits.block_bytes).max(1).ilog2();
-        let (discard, zero) = (u32::from(limits.can_discard), u32::from(limits.can_zero));
-        let mut config = Vec::with_capacity(60);
-        config.extend((limits.size_bytes / SECTOR_BYTES).to_le_bytes());
-        config.extend(0_u32.to_le_bytes()); // size_max: not offered
-        config.extend(self.seg_max().to_le_bytes());
-        config.extend([0; 4]); // geometry: not offered
-        config.extend(block_bytes.to_le_bytes());
-        config.extend([u8::try_from(physical_exponent).unwrap_or(0), 0]); // no offset
-        config.extend(1_u16.to_le_bytes()); // min_io_size, in logical blocks
-        config.extend(0_u32.to_le_bytes()); // opt_io_size: none
-        config.extend([0, 0]); // writeback: not offered; unused
-        config.extend(self.setup.queues.to_le_bytes());
-        for (max_sectors, segments) in
-            [(discard * MAX_RANGE_SECTORS, discard), (zero * MAX_RANGE_SECTORS, zero)]
-        {
-            config.extend(max_sectors.to_le_bytes());
-            config.extend(segments.to_le_bytes());
-            if config.len() == 44 {
-                // discard_sector_alignment
-                config.extend((block_bytes / 512).to_le_bytes());
-            }
-        }
-        config.extend([u8::from(limits.can_zero), 0, 0, 0]); // write_zeroes_may_unmap
-        config
+        config::bytes(&self.shown.limits(), self.setup.queues, self.seg_max())
     }
 
     fn refresh(&mut self) -> bool {

@@ -11,6 +11,7 @@ pub mod disk;
 pub mod seccomp;
 
 mod blocking;
+mod config;
 mod job;
 mod kept;
 mod request;
