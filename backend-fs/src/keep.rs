@@ -85,7 +85,9 @@ impl Keep {
             return Err(io::Error::from_raw_os_error(libc::EBADF));
         }
         let number = file.as_raw_fd().to_string();
-        let flags = (flags | OFlags::CLOEXEC) - OFlags::NOFOLLOW;
+        // virtiofsd does not pass these on either.
+        let ours = OFlags::NOFOLLOW | OFlags::DIRECT | OFlags::NOATIME | OFlags::APPEND;
+        let flags = (flags | OFlags::CLOEXEC) - ours;
         Ok(openat(&self.proc_self_fd, number.as_str(), flags, Mode::empty())?.into())
     }
 

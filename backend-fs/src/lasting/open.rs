@@ -57,8 +57,7 @@ impl<F: Inner> Core<F> {
             }
             Place::Kept(_) if is_folder => return Err(errno(libc::ENOENT)),
             Place::Kept(file) => {
-                let flags = OFlags::from_bits_retain(flags) - OFlags::APPEND;
-                let file = self.keep.reopen(&file, flags)?;
+                let file = self.keep.reopen(&file, OFlags::from_bits_retain(flags))?;
                 (Opened::Kept(Arc::new(file)), self.manner.open_options)
             }
             Place::Unknown => return Err(errno(libc::ESTALE)),

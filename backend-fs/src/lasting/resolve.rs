@@ -245,8 +245,7 @@ impl<F: Inner> Core<F> {
                 self.inner.open(nobody(), inner, false, flags)?.0.map(Opened::Inner)
             }
             Place::Kept(file) => {
-                // Where to write is for each write to say.
-                let flags = OFlags::from_bits_retain(flags) - OFlags::APPEND;
+                let flags = OFlags::from_bits_retain(flags);
                 Some(Opened::Kept(Arc::new(self.keep.reopen(&file, flags)?)))
             }
             Place::Unknown => None,

@@ -50,7 +50,7 @@ fn survives(
             if !is_dead {
                 break;
             }
-            stores += 29;
+            stores += 47;
         }
     }
 }
