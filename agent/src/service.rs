@@ -10,7 +10,7 @@ use nacre_proto::{
         CreateContainerResponse, DeleteResponse, ExecRequest, ExecResponse, HelloRequest,
         HelloResponse, ProcessRequest, ResizeTerminalRequest, ResizeTerminalResponse,
         ShutdownRequest, ShutdownResponse, SignalRequest, SignalResponse, StartResponse,
-        WaitResponse,
+        UnwrittenRequest, UnwrittenResponse, WaitResponse,
     },
     agent_ttrpc::Agent,
 };
@@ -220,6 +220,17 @@ impl Agent for Service {
         let containers = Arc::clone(&self.containers);
         to_its_end(async move { containers.delete(&id).await }, refused).await?;
         Ok(DeleteResponse::new())
+    }
+
+    async fn unwritten(
+        &self,
+        _: &TtrpcContext,
+        _request: UnwrittenRequest,
+    ) -> ttrpc::Result<UnwrittenResponse> {
+        let bytes = shutdown::unwritten_bytes().map_err(|error| {
+            get_rpc_status(Code::INTERNAL, format!("can't read /proc/meminfo: {error}"))
+        })?;
+        Ok(UnwrittenResponse { bytes, ..UnwrittenResponse::new() })
     }
 
     async fn shutdown(

@@ -1,6 +1,6 @@
 //! The end of everything in the guest: processes, file systems; the machine follows.
 
-use std::{fs, sync::Arc, time::Duration};
+use std::{fs, io, sync::Arc, time::Duration};
 
 use rustix::{
     fs::sync,
@@ -47,6 +47,22 @@ async fn end(running: &[&(Arc<Cgroup>, Arc<Process>)], signal: i32, limit: Durat
     }
 }
 
+/// How much the kernel has in memory that is not written yet, on its way or not.
+pub(crate) fn unwritten_bytes() -> io::Result<u64> {
+    Ok(unwritten(&fs::read_to_string("/proc/meminfo")?))
+}
+
+/// Dirty pages, pages being written, and those of FUSE being written (proc(5), meminfo).
+fn unwritten(meminfo: &str) -> u64 {
+    let fields = ["Dirty:", "Writeback:", "WritebackTmp:"];
+    let of = |line: &str| {
+        let (name, amount) = line.split_once(' ')?;
+        let kib = amount.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?;
+        fields.contains(&name).then(|| kib.saturating_mul(1024))
+    };
+    meminfo.lines().filter_map(of).fold(0, u64::saturating_add)
+}
+
 fn settle_file_systems() {
     sync();
     let Ok(table) = fs::read_to_string("/proc/self/mountinfo") else {
@@ -72,7 +88,14 @@ fn mounted_below<'a>(table: &'a str, folder: &str) -> std::vec::IntoIter<&'a str
 
 #[cfg(test)]
 mod tests {
-    use super::mounted_below;
+    use super::{mounted_below, unwritten};
+
+    #[test]
+    fn what_is_not_written_yet_is_added_up() {
+        let text = "MemTotal: 9 kB\nDirty:       12 kB\nWriteback:    3 kB\nWritebackTmp:   1 kB\n";
+        assert_eq!(unwritten(text), 16 << 10);
+        assert_eq!(unwritten("Dirty: many\n"), 0);
+    }
 
     #[test]
     fn only_mounts_below_the_folder_are_found() {

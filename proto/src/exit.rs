@@ -53,13 +53,15 @@ pub enum BackendExit {
 
 /// Exit codes of `nacre run` that are not the container's own.
 ///
-/// A container's code is passed through; one that is ended by signal n gives 128 + n. Codes up to
-/// [`RunExit::BackendStart`] say which part of the set-up failed, before any guest ran:
+/// A container's code is passed through; one that is ended by signal n gives 128 + n. Codes from
+/// [`RunExit::Usage`] to [`RunExit::BackendStart`] say which part of the set-up failed, before any guest ran:
 /// [`RunExit::Setup`] is for the rest. As with every container tool, a container may exit with one
 /// of these codes itself; the line on standard error tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum RunExit {
+    /// The container ended with 0, but the guest did not write back all that it wrote.
+    NotWritten = 104,
     /// The command line makes no sense.
     Usage = 105,
     /// Not root, or root without a capability that is needed.

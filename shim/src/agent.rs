@@ -10,7 +10,7 @@ use nacre_proto::{
     AGENT_MAJOR, AGENT_MINOR, AGENT_PORT,
     agent::{
         ConfigureSandboxRequest, CreateContainerRequest, ExecRequest, HelloRequest, ProcessRequest,
-        ResizeTerminalRequest, ShutdownRequest, SignalRequest,
+        ResizeTerminalRequest, ShutdownRequest, SignalRequest, UnwrittenRequest,
     },
     agent_ttrpc::AgentClient,
 };
@@ -246,6 +246,18 @@ impl Agent {
     pub async fn delete(&self, process: &ProcessId) -> Result<(), AgentError> {
         let answer = self.client.delete(self.context(), &request(process)).await;
         answer.map(drop).map_err(|error| failed("delete the process", &error))
+    }
+
+    /// How many bytes the guest has not written to its disks and shares yet, if it tells within
+    /// `limit`.
+    ///
+    /// # Errors
+    ///
+    /// As each call.
+    pub async fn unwritten(&self, limit: Duration) -> Result<u64, AgentError> {
+        let answer = self.client.unwritten(within(limit), &UnwrittenRequest::default()).await;
+        let answer = answer.map_err(|error| failed("tell what is unwritten", &error))?;
+        Ok(answer.bytes)
     }
 
     /// Lets the guest write back its file systems and power off, in at most `limit`.

@@ -106,6 +106,7 @@ const VOLUME: i32 = 110;
 const DISK: i32 = 111;
 const MEMORY: i32 = 112;
 const CPUS: i32 = 113;
+const NETWORK: i32 = 115;
 const PROGRAM: i32 = 117;
 const BACKEND_START: i32 = 118;
 const SETUP: i32 = 125;
@@ -181,6 +182,17 @@ fn a_backend_that_is_missing_or_ends_at_once_is_told_and_leaves_nothing() {
     ground.ending_program("nacre-fs", "echo the folder bites >&2; exit 3");
     let words = ["nacre-fs of `rootfs` ended with code 3", "the folder bites"];
     assert_one_line(&ground.run(&[]), BACKEND_START, &words);
+    assert_eq!(ground.names(), [""; 0]);
+}
+
+#[test]
+fn a_host_that_gives_no_network_is_told() {
+    let ground = Ground::new();
+    let mut command =
+        ground.command(&["run", "--rootfs", "rootfs", "--bin-dir", "bin", "--net", "--", "true"]);
+    // No interface can be made, or at the latest no program be found that gives it an address.
+    let told = command.env("PATH", "/nowhere").output().unwrap().into();
+    assert_one_line(&told, NETWORK, &["network: "]);
     assert_eq!(ground.names(), [""; 0]);
 }
 

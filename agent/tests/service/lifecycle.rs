@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use nacre_proto::{agent::HelloRequest, stream::Stream};
 use serde_json::json;
-use tokio::time::timeout;
+use tokio::{io::AsyncReadExt, time::timeout};
 use ttrpc::Code;
 
-use crate::agent::{context, request, with_agent};
+use crate::agent::{LIMIT, context, request, with_agent};
 
 #[test]
 fn hello_tells_about_the_guest_and_refuses_another_major_version() {
@@ -99,9 +99,12 @@ fn a_signal_ends_a_process_with_128_and_its_number() {
 #[test]
 fn a_signal_reaches_all_processes_of_a_container() {
     with_agent(|agent| async move {
-        let script = "trap 'echo caught; exit 3' USR1; sleep 1000 & wait";
+        let script = "trap 'exit 3' USR1; echo; sleep 1000 & wait";
         agent.create("c", &["sh", "-c", script]).await;
+        let mut output = agent.stream("c", "", Stream::Stdout, 0).await;
         agent.start("c", "").await.unwrap();
+        // Only now it does not die of the signal any more.
+        timeout(LIMIT, output.read_exact(&mut [0])).await.unwrap().unwrap();
         agent.exec("c", "x", &json!({ "args": ["sleep", "1000"] }), false).await.unwrap();
         agent.start("c", "x").await.unwrap();
         agent.signal("c", "", libc::SIGUSR1, true).await.unwrap();

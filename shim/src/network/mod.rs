@@ -14,7 +14,7 @@ use std::{
 };
 
 use crate::{
-    record::NetworkRecord,
+    record::{Firewall, NetworkRecord},
     registry::{Registration, RegistryError},
     sys,
 };
@@ -98,8 +98,20 @@ pub fn create(registration: &mut Registration) -> Result<Network, NetworkError> 
 
 fn let_out(registration: &mut Registration, pair: Pair, uplink: &str) -> Result<(), NetworkError> {
     let firewall = firewall::available()?;
-    // Held until the switch is as the record says: the last to end looks at both.
-    let lock = registration.lock()?;
+    open_way(registration, uplink, firewall)?;
+    switch_on(&pair.tap())?;
+    firewall::add(firewall, &pair.tap(), pair.guest())
+}
+
+/// Records what lets the sandbox out, and switches on forwarding of `uplink`. Both under the
+/// registry's lock, as [`Registration::release_network`] undoes both: the last to end looks at the
+/// switch and at the records.
+fn open_way(
+    registration: &mut Registration,
+    uplink: &str,
+    firewall: Firewall,
+) -> Result<(), NetworkError> {
+    let _lock = registration.lock()?;
     let was_on = fs::read_to_string(forwarding_switch(uplink))
         .map_err(|source| NetworkError::Forwarding(uplink.to_owned(), source))?
         .trim()
@@ -112,12 +124,12 @@ fn let_out(registration: &mut Registration, pair: Pair, uplink: &str) -> Result<
             network.forwarding = ours.then(|| uplink.to_owned());
         }
     })?;
-    for interface in [pair.tap().as_str(), uplink] {
-        fs::write(forwarding_switch(interface), "1")
-            .map_err(|source| NetworkError::Forwarding(interface.to_owned(), source))?;
-    }
-    drop(lock);
-    firewall::add(firewall, &pair.tap(), pair.guest())
+    switch_on(uplink)
+}
+
+fn switch_on(interface: &str) -> Result<(), NetworkError> {
+    fs::write(forwarding_switch(interface), "1")
+        .map_err(|source| NetworkError::Forwarding(interface.to_owned(), source))
 }
 
 fn forwarding_switch(interface: &str) -> String {
@@ -169,12 +181,5 @@ fn parse_nameservers(text: &str) -> Vec<Ipv4Addr> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn name_servers_on_the_hosts_loopback_are_of_no_use_to_a_guest() {
-        let text = "# x\nnameserver 127.0.0.53\nnameserver 10.0.0.2\nnameserver ::1\nsearch a\n";
-        assert_eq!(parse_nameservers(text), [Ipv4Addr::new(10, 0, 0, 2)]);
-    }
-}
+#[path = "network_tests.rs"]
+mod tests;

@@ -49,10 +49,9 @@ impl HostResources {
             );
             return Ok(());
         }
-        let path = cgroup::path_of(&plan.config.name);
-        if let Some(registration) = &mut self.registration {
-            registration.update(|record| record.cgroup = Some(path.clone()))?;
-        }
+        let Some(registration) = &mut self.registration else { return Ok(()) };
+        let path = cgroup::path_of(&plan.config.name, &registration.record().supervisor);
+        registration.update(|record| record.cgroup = Some(path.clone()))?;
         self.cgroup = Some(Cgroup::create(path, limits)?);
         Ok(())
     }

@@ -20,6 +20,7 @@ mod create;
 mod error;
 mod host;
 mod run;
+mod shutdown;
 mod signals;
 mod stop;
 mod watch;

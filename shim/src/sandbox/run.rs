@@ -5,18 +5,18 @@ use std::{future, time::Duration};
 
 use tokio::{
     sync::mpsc,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until},
 };
 
 use nacre_proto::exit::RunExit;
 
 use crate::{
     agent::{Agent, ProcessEnd, ProcessId},
-    child::End,
     sandbox::{
         Ended, Request, SandboxError,
         create::VmUp,
         host::HostResources,
+        shutdown,
         signals::{Patience, Reaction},
     },
     streams::Streams,
@@ -26,12 +26,10 @@ use crate::{
 const KILLED_WITHIN: Duration = Duration::from_secs(10);
 /// How long a stream of an ended process may neither move nor end.
 const DRAINED_WITHIN: Duration = Duration::from_secs(10);
-/// How long the guest may take to write back its file systems.
-const SHUTDOWN_WITHIN: Duration = Duration::from_secs(30);
-/// How long the guest may then take to power off, and a backend to end.
-const OFF_WITHIN: Duration = Duration::from_secs(10);
 /// How long the VMM may take to tell its figures.
 const STATUS_WITHIN: Duration = Duration::from_secs(5);
+/// How long a backend may take to end when nobody uses it any more.
+const OFF_WITHIN: Duration = Duration::from_secs(10);
 const KILLED: u8 = 128 + 9;
 
 /// See the module.
@@ -108,10 +106,13 @@ impl Running {
             Outcome::GivenUp => KILLED,
             Outcome::Process(end) => {
                 drain(&mut vm, streams, &mut requests).await;
-                shut_down(&mut vm, &container).await;
+                let Container { process, agent } = &container;
+                let is_written = shutdown::in_order(&mut vm, agent, process, &mut requests).await;
                 if end.out_of_memory && end.code == KILLED {
                     log::error!("the container was out of memory: the guest's kernel killed it");
                     RunExit::OutOfMemory.into()
+                } else if !is_written && end.code == 0 {
+                    RunExit::NotWritten.into()
                 } else {
                     end.code
                 }
@@ -192,6 +193,16 @@ async fn at(deadline: Option<Instant>) {
     }
 }
 
+/// Resolves with the next signal, or never.
+pub(super) async fn a_signal(requests: &mut mpsc::Receiver<Request>) -> i32 {
+    while let Some(request) = requests.recv().await {
+        if let Request::Signal(signal) = request {
+            return signal;
+        }
+    }
+    future::pending().await
+}
+
 /// Waits for the rest of the output. The end of the program is known, so neither a death nor a
 /// signal changes the exit code any more.
 async fn drain(vm: &mut VmUp, streams: Streams, requests: &mut mpsc::Receiver<Request>) {
@@ -199,46 +210,10 @@ async fn drain(vm: &mut VmUp, streams: Streams, requests: &mut mpsc::Receiver<Re
         streams.finish(DRAINED_WITHIN).await;
         Ok::<(), SandboxError>(())
     };
-    let signal = async {
-        while let Some(request) = requests.recv().await {
-            if let Request::Signal(signal) = request {
-                return signal;
-            }
-        }
-        future::pending().await
-    };
     tokio::select! {
         drained = vm.guarded(drained) => if let Err(error) = drained {
             log::warn!("the program ended, and then: {error}");
         },
-        signal = signal => log::warn!("signal {signal}: the rest of the output is given up"),
-    }
-}
-
-/// Lets the guest end in order; if it does not, it is ended anyway.
-async fn shut_down(vm: &mut VmUp, container: &Container) {
-    let Container { process, agent } = container;
-    let asked = async {
-        if let Err(error) = agent.delete(process).await {
-            log::debug!("{error}");
-        }
-        agent.shutdown(SHUTDOWN_WITHIN).await
-    };
-    // What the guest still writes needs its devices.
-    let death = tokio::select! {
-        biased;
-        result = asked => match result {
-            Ok(()) => timeout(OFF_WITHIN, vm.death()).await.ok(),
-            Err(error) => {
-                log::warn!("the guest is ended without its consent: {error}");
-                return;
-            }
-        },
-        death = vm.death() => Some(death),
-    };
-    match death {
-        Some(SandboxError::VmmEnded { end: End::Code(0), .. }) => log::debug!("the guest is off"),
-        Some(death) => log::warn!("the guest did not end in order: {death}"),
-        None => log::debug!("the guest does not power off: it is ended"),
+        signal = a_signal(requests) => log::warn!("signal {signal}: the rest of the output is given up"),
     }
 }

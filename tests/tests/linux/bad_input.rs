@@ -162,6 +162,21 @@ fn processors_of_none_or_more_than_kvm_allows_are_refused() -> Result<()> {
 }
 
 #[test]
+fn a_host_without_kvm_is_told() -> Result<()> {
+    let user = User::new()?;
+    let before = Leftovers::now(user.state())?;
+    let run = user.run_command(&[], &["true"])?;
+    let mut without = Command::new("unshare");
+    let script = "mount --bind /dev/null /dev/kvm && exec \"$@\"";
+    without.args(["--mount", "sh", "-c", script, "sh"]).arg(run.get_program()).args(run.get_args());
+    let answer = finish(without.env("NACRE_STATE", user.state()))?;
+    let line = "nacre-vmm can't use KVM as asked; its last words: nacre-vmm: can't make the VM: \
+                no VM in KVM: KVM on this host lacks ";
+    Refusal { exit: RunExit::Kvm, line }.check(answer)?;
+    before.and_nothing_more(user.state())
+}
+
+#[test]
 fn a_command_line_that_makes_no_sense_is_refused() -> Result<()> {
     refused(&["-v", "/tmp"], RunExit::Usage, "`/tmp` is no volume: HOST:GUEST")?;
     refused(&["--user", "nobody-here"], RunExit::Usage, "user `nobody-here` is not in")?;

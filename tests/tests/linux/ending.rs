@@ -3,11 +3,12 @@
 use std::fs;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nacre_proto::exit::RunExit;
 use nacre_tests::leftovers::Leftovers;
 use nacre_tests::nacre::{Attached, User, finish};
 use nacre_tests::process::{Process, Signal, await_child_of, kill_child_of, until};
+use rustix::process::{Pid, kill_process};
 
 #[test]
 fn signals_reach_the_container_and_a_second_interrupt_ends_it() -> Result<()> {
@@ -35,6 +36,40 @@ fn input_that_the_container_does_not_want_holds_nothing_up() -> Result<()> {
     run.stdin(endless.child().stdout.take().context("standard output")?);
     finish(&mut run)?.prints("got y\ndone\n")?;
     Ok(())
+}
+
+/// The child of process `parent` that has `word` among its arguments.
+fn child_with(parent: u32, word: &str) -> Result<Pid> {
+    let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"))?;
+    for pid in children.split_whitespace() {
+        let arguments = fs::read_to_string(format!("/proc/{pid}/cmdline"))?;
+        if arguments.split('\0').any(|argument| argument == word) {
+            return Pid::from_raw(pid.parse()?).context("a process");
+        }
+    }
+    bail!("no child with {word} in {children}")
+}
+
+#[test]
+fn a_guest_that_cannot_write_back_is_told_by_a_code_of_its_own() -> Result<()> {
+    let user = User::new()?;
+    let before = Leftovers::now(user.state())?;
+    let folder = tempfile::tempdir()?;
+    let volume = format!("{}:/data", folder.path().display());
+    let options = ["-i", "-v", &volume, "--agent-timeout", "20"];
+    let script = "echo x > /data/x; echo up; read line; exit 0";
+    let mut command = user.run_command(&options, &["sh", "-c", script])?;
+    let mut run = Attached::start(command.stdin(Stdio::piped()))?;
+    run.until("up")?;
+    // The guest's kernel syncs its file systems, and this one does not answer any more.
+    kill_process(child_with(run.process().id(), "volume-0")?, Signal::STOP)?;
+    drop(run.process().child().stdin.take());
+    let answer = run.wait()?.code(i32::from(u8::from(RunExit::NotWritten)))?;
+    answer.tells(
+        "nacre: error: the guest did not write everything back, so what the container wrote to \
+         disks and volumes may be lost: it did not get on for 2",
+    )?;
+    before.and_nothing_more(user.state())
 }
 
 #[test]

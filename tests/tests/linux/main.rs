@@ -8,6 +8,7 @@ mod failure;
 mod image;
 mod jail;
 mod lifecycle;
+mod limits;
 mod machine;
 mod network;
 mod restart;

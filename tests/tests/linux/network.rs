@@ -62,8 +62,8 @@ fn a_guest_reaches_beyond_its_host_by_nat() -> Result<()> {
 }
 
 /// How many sandboxes come and go at once, and how often.
-const AT_ONCE: usize = 4;
-const ROUNDS: usize = 4;
+const AT_ONCE: usize = 3;
+const ROUNDS: usize = 2;
 
 /// Sandboxes that get a network and fail right after, side by side.
 fn come_and_go(user: &User) -> Result<()> {

@@ -59,6 +59,7 @@ const LONG: &[(&str, Value)] = &[
     ("pids-limit", Value::Plain),
     ("host-memory-limit", Value::Plain),
     ("host-pids-limit", Value::Plain),
+    ("host-cpu-limit", Value::Plain),
     ("agent-timeout", Value::Plain),
     ("log-level", Value::Plain),
 ];

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args as Group, Parser, Subcommand};
 use log::LevelFilter;
-use shim::{name::SandboxName, size::ByteSize};
+use shim::{cgroup::CpuShare, name::SandboxName, size::ByteSize};
 
 /// Containers in virtual machines of their own.
 #[derive(Debug, Parser)]
@@ -104,6 +104,9 @@ pub(crate) struct Run {
     /// The limit of all the sandbox's processes and threads on the host.
     #[arg(long, value_name = "N")]
     pub(crate) host_pids_limit: Option<u32>,
+    /// The limit of processor time of all the sandbox's processes on the host, in processors.
+    #[arg(long, value_name = "N")]
+    pub(crate) host_cpu_limit: Option<CpuShare>,
     /// Where the other programs are; beside this one unless given.
     #[arg(long, value_name = "DIR")]
     pub(crate) bin_dir: Option<PathBuf>,

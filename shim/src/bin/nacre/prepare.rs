@@ -112,7 +112,11 @@ impl Request {
             hostname: run.hostname.clone(),
             process,
             limits: ContainerLimits { memory: run.memory_limit, pids: run.pids_limit },
-            host_limits: HostLimits { memory: run.host_memory_limit, pids: run.host_pids_limit },
+            host_limits: HostLimits {
+                memory: run.host_memory_limit,
+                pids: run.host_pids_limit,
+                cpus: run.host_cpu_limit,
+            },
         };
         inputs::check(&config)?;
         let facts = HostFacts::gather(&config.rootfs)?;
