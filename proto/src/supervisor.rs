@@ -70,6 +70,8 @@ pub enum DeviceState {
     Lost,
     /// A process is being started for it.
     Starting,
+    /// What it stands for is gone, and a process fails its requests.
+    Failing,
 }
 
 #[cfg(test)]

@@ -15,9 +15,11 @@ use tokio::time::timeout;
 
 use crate::packets::Packets;
 
-/// How long a supervisor may take to answer. Replacing a process waits for what the device has in
-/// flight, and perhaps for two programs in a row.
-const ANSWERED_WITHIN: Duration = Duration::from_secs(300);
+/// How long a supervisor may take to list its devices.
+const LISTED_WITHIN: Duration = Duration::from_secs(20);
+/// How long it may take to replace a process: it waits for what the device has in flight, and
+/// perhaps for two programs in a row.
+const REPLACED_WITHIN: Duration = Duration::from_secs(300);
 
 /// Why a supervisor's devices can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +55,7 @@ pub enum DeviceError {
 ///
 /// Fails if there is none or it does not answer.
 pub async fn list(socket: &Path) -> Result<Vec<Device>, DeviceError> {
-    match ask(socket, &Request::ListDevices).await? {
+    match ask(socket, &Request::ListDevices, LISTED_WITHIN).await? {
         Answer::Devices(devices) => Ok(devices),
         Answer::Refused(why) => Err(DeviceError::Refused(why)),
         _ => Err(DeviceError::OtherAnswer),
@@ -71,7 +73,8 @@ pub async fn replace(
     device: String,
     program: Option<String>,
 ) -> Result<u64, DeviceError> {
-    match ask(socket, &Request::ReplaceDevice { device, program }).await? {
+    let request = Request::ReplaceDevice { device, program };
+    match ask(socket, &request, REPLACED_WITHIN).await? {
         Answer::Replaced { unserved_ms } => Ok(unserved_ms),
         Answer::Refused(why) => Err(DeviceError::Refused(why)),
         Answer::FellBack(why) => Err(DeviceError::FellBack(why)),
@@ -80,7 +83,7 @@ pub async fn replace(
     }
 }
 
-async fn ask(path: &Path, request: &Request) -> Result<Answer, DeviceError> {
+async fn ask(path: &Path, request: &Request, limit: Duration) -> Result<Answer, DeviceError> {
     let failed = |source| DeviceError::Socket { path: path.to_owned(), source };
     let request = vmm::encode(request)?;
     let mut buffer = vec![0; vmm::MAX_BYTES];
@@ -90,7 +93,7 @@ async fn ask(path: &Path, request: &Request) -> Result<Answer, DeviceError> {
         supervisor.receive(&mut buffer).await
     };
     let elapsed = |_elapsed| failed(io::ErrorKind::TimedOut.into());
-    let received = timeout(ANSWERED_WITHIN, exchange).await.map_err(elapsed)?.map_err(failed)?;
+    let received = timeout(limit, exchange).await.map_err(elapsed)?.map_err(failed)?;
     if received.len_bytes == 0 {
         return Err(failed(io::ErrorKind::UnexpectedEof.into()));
     }

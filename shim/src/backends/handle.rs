@@ -21,6 +21,8 @@ pub enum Condition {
     Lost,
     /// A process is being started for it.
     Starting,
+    /// What it stands for is gone, and a process fails its requests.
+    Failing,
 }
 
 /// What is known of a device.
@@ -190,6 +192,11 @@ impl Desk {
             view.program = program.to_owned();
             view.restarts += 1;
         });
+    }
+
+    /// That process fails all requests.
+    pub(crate) fn fails(&self) {
+        self.view.send_modify(|view| view.condition = Condition::Failing);
     }
 
     /// There is no process.

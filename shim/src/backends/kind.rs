@@ -14,9 +14,15 @@ impl DevicePlan {
     #[must_use]
     pub fn is_restartable(&self) -> bool {
         match self {
-            Self::Disk { .. } | Self::Network => true,
-            Self::Vsock { .. } | Self::Share { .. } => false,
+            Self::Disk { .. } | Self::Network | Self::Vsock { .. } | Self::Share { .. } => true,
         }
+    }
+
+    /// Whether a stand-in can fail its requests in its place, so that the guest gets errors instead
+    /// of waiting for ever.
+    #[must_use]
+    pub fn has_stand_in(&self) -> bool {
+        matches!(self, Self::Disk { .. })
     }
 
     /// The size of the memory in which a process leaves what its successor must know. Pages that it
@@ -73,12 +79,26 @@ pub(super) fn config_space(device: &DevicePlan, network: Option<&Network>) -> Ve
     }
 }
 
-/// What only a device's first process is told. Nobody that is on its way out can have its disk, so
-/// it does not wait for one that is in use.
-pub(super) fn first_arguments(device: &DevicePlan) -> &'static [&'static str] {
-    match device {
-        DevicePlan::Disk { .. } => &["--lock-wait", "0"],
-        DevicePlan::Vsock { .. } | DevicePlan::Share { .. } | DevicePlan::Network => &[],
+/// What a process is to its device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// The first one. Nobody that is on its way out can have its disk, so it does not wait for one
+    /// that is in use.
+    First,
+    /// One that takes up what a predecessor left.
+    Successor,
+    /// One that fails all requests, because what the device stands for is gone.
+    StandIn,
+}
+
+impl Role {
+    /// What a process of that role is told beside the device's own arguments.
+    pub(super) fn arguments(self, device: &DevicePlan) -> &'static [&'static str] {
+        match (device, self) {
+            (DevicePlan::Disk { .. }, Self::First) => &["--lock-wait", "0"],
+            (DevicePlan::Disk { .. }, Self::StandIn) => &["--stand-in"],
+            _ => &[],
+        }
     }
 }
 

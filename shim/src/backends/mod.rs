@@ -27,6 +27,7 @@ pub(crate) use error::said;
 use crate::{network::Network, plan::DevicePlan, record::ProcessRecord, vmm::Link};
 use estate::Estate;
 use keeper::Keeper;
+use kind::Role;
 use process::{Blueprint, Process};
 
 /// How long a first process may take until it is ready. Generous: it is no work, but the host may
@@ -76,7 +77,7 @@ impl Backends {
             let blueprint = Blueprint::new(device, surroundings.clone(), network)?;
             let estate = Estate::new(device.id(), device.state_bytes());
             let estate = estate.map_err(blueprint.prepare())?;
-            let (process, socket) = blueprint.start_first(&estate)?;
+            let (process, socket) = blueprint.start(&blueprint.program(), &estate, Role::First)?;
             let end = blueprint.vmm_end(network, socket);
             Ok((Backend { process, blueprint, estate }, end))
         });

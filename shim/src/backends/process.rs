@@ -18,7 +18,7 @@ use crate::{
     backends::{
         BackendError, VmmEnd,
         estate::{Counter, Estate},
-        kind,
+        kind::{self, Role},
     },
     cgroup::{Cgroup, CgroupError},
     child::{Child, ChildError, End, Launch},
@@ -125,26 +125,13 @@ impl Blueprint {
         |source| BackendError::Prepare { name: self.name.clone(), source }
     }
 
-    /// Starts the device's first process.
-    pub(super) fn start_first(&self, estate: &Estate) -> Result<(Process, OwnedFd), BackendError> {
-        self.launch(&self.program(), estate, kind::first_arguments(&self.device))
-    }
-
-    /// Starts a successor out of `program`; also the socket for the VMM. What the store holds is
-    /// yet to be handed over.
+    /// Starts a process for the device out of `program`; also the socket for the VMM. What the store
+    /// holds is yet to be handed over.
     pub(super) fn start(
         &self,
         program: &Path,
         estate: &Estate,
-    ) -> Result<(Process, OwnedFd), BackendError> {
-        self.launch(program, estate, &[])
-    }
-
-    fn launch(
-        &self,
-        program: &Path,
-        estate: &Estate,
-        more: &[&str],
+        role: Role,
     ) -> Result<(Process, OwnedFd), BackendError> {
         let prepare = self.prepare();
         let (ours, socket) =
@@ -167,7 +154,9 @@ impl Blueprint {
             launch = launch.args(["--tap-fd", &number.to_string(), "--mac", mac]);
         }
         let files = &self.surroundings.files;
-        let launch = launch.args(kind::arguments(&self.device, files)).args(more.iter().copied());
+        let launch = launch
+            .args(kind::arguments(&self.device, files))
+            .args(role.arguments(&self.device).iter().copied());
         let child = launch.start(&files.child_log(self.device.id()))?;
         let ready = pipe::Receiver::from_owned_fd(ready.into()).map_err(&prepare)?;
         Ok((Process { child, counter, ready }, socket))

@@ -157,6 +157,7 @@ fn describe(handle: &DeviceHandle) -> Device {
             Condition::Serving => DeviceState::Serving,
             Condition::Lost => DeviceState::Lost,
             Condition::Starting => DeviceState::Starting,
+            Condition::Failing => DeviceState::Failing,
         },
         pid: view.process.pid,
         program: view.program.display().to_string(),

@@ -85,24 +85,6 @@ fn output_that_nobody_reads_ends_the_container() -> Result<()> {
 }
 
 #[test]
-fn the_death_of_a_backend_that_can_not_be_replaced_is_told_by_its_name() -> Result<()> {
-    let user = User::new()?;
-    let before = Leftovers::now(user.state())?;
-    for name in ["nacre-fs", "nacre-vsock"] {
-        let mut command = user.run_command(&[], &["sh", "-c", "echo up; sleep 1000"])?;
-        let mut run = Attached::start(&mut command)?;
-        run.until("up")?;
-        kill_child_of(run.process().id(), name)?;
-        let answer = run.wait()?.code(i32::from(u8::from(RunExit::BackendDied)))?;
-        let line = format!("nacre: {name} of ");
-        let told = answer.said.lines().filter(|said| said.starts_with(&line)).count();
-        ensure!(told == 1 && answer.said.contains("signal 9"), "not once {line:?}: {answer:?}");
-        before.and_nothing_more(user.state()).with_context(|| format!("after {name}"))?;
-    }
-    Ok(())
-}
-
-#[test]
 fn what_a_killed_supervisor_leaves_is_cleaned_up_by_rm_and_by_the_next_of_its_name() -> Result<()> {
     let user = User::new()?;
     let before = Leftovers::now(user.state())?;

@@ -12,4 +12,6 @@ mod limits;
 mod machine;
 mod network;
 mod restart;
+mod restart_fs;
+mod restart_vsock;
 mod timing;

@@ -278,3 +278,40 @@ fn a_successor_that_is_killed_on_its_way_is_replaced_and_one_that_never_starts_e
     ensure!(lines.filter(|line| line.ends_with(told)).count() == 1, "{answer:?}");
     before.and_nothing_more(user.state())
 }
+
+#[test]
+fn a_device_whose_program_starts_no_more_ends_the_sandbox_by_its_name() -> Result<()> {
+    for name in ["nacre-fs", "nacre-vsock", "nacre-net"] {
+        let mut sandbox = Sandbox::start(&["--net"], "true")?;
+        sandbox.write_program(name, "echo gone for good >&2; exit 3")?;
+        kill_child_of(sandbox.run.process().id(), name)?;
+        let Sandbox { user, run, before, .. } = sandbox;
+        let answer = run.wait()?.code(i32::from(u8::from(RunExit::BackendDied)))?;
+        let line = format!("nacre: {name} of ");
+        let told = answer.said.lines().filter(|said| said.starts_with(&line)).count();
+        ensure!(told == 1, "not once {line:?}: {answer:?}");
+        before.and_nothing_more(user.state()).with_context(|| format!("after {name}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_is_gone_gives_errors_until_it_is_back() -> Result<()> {
+    let mut sandbox = Sandbox::start(&[], "true")?;
+    let read = ["exec", NAME, "dd", "if=/dev/disk-0", "of=/dev/null", "bs=1M", "count=1"];
+    sandbox.user.nacre(&read)?.code(0)?;
+    let (disk, away) = (sandbox.folder.path().join("disk.img"), sandbox.folder.path().join("x"));
+    fs::rename(&disk, &away)?;
+    kill_child_of(sandbox.run.process().id(), "nacre-blk")?;
+    until("a stand-in is there", || Ok(sandbox.listed("disk-0")?["state"] == "failing"))?;
+    let uncached = "dd if=/dev/disk-0 of=/dev/null bs=4k count=1 skip=4000";
+    let answer = sandbox.user.nacre(&["exec", NAME, "sh", "-c", uncached])?;
+    ensure!(answer.code == Some(1) && answer.said.contains("I/O error"), "{answer:?}");
+    fs::rename(&away, &disk)?;
+    sandbox.device(&["restart", NAME, "disk-0"])?.code(0)?;
+    ensure!(sandbox.serves("disk-0")?, "{}", sandbox.listed("disk-0")?);
+    sandbox.user.nacre(&["exec", NAME, "sh", "-c", uncached])?.code(0)?;
+    sandbox.run.process().signal(Signal::TERM)?;
+    sandbox.run.wait()?.code(0)?.tells("from now on its requests fail")?;
+    sandbox.before.and_nothing_more(sandbox.user.state())
+}

@@ -9,7 +9,7 @@ use tokio::{sync::Notify, task::JoinHandle};
 
 use super::*;
 use crate::{
-    backends::{Condition, DeviceHandle, Surroundings, View, process::ready},
+    backends::{Condition, DeviceHandle, Surroundings, View, kind::Role, process::ready},
     packets::Packets,
     paths::SandboxFiles,
     plan::DevicePlan,
@@ -39,7 +39,8 @@ async fn ground(failures: u32) -> Ground {
     let device = DevicePlan::Disk { serial, path, read_only: false };
     let blueprint = Blueprint::new(&device, surroundings, None).unwrap();
     let estate = Estate::new("test", 4096).unwrap();
-    let (mut process, _socket) = blueprint.start_first(&estate).unwrap();
+    let (mut process, _socket) =
+        blueprint.start(&blueprint.program(), &estate, Role::First).unwrap();
     let (link, listener, theirs) = pair(&["disk-0"]).unwrap();
     let view = View {
         condition: Condition::Serving,
@@ -232,4 +233,29 @@ async fn what_can_be_no_program_is_refused_before_anything_is_done() {
         let error = ground.handle.replace(Some(path.into())).await.unwrap_err();
         assert!(error.to_string().ends_with(why), "{error}");
     }
+}
+
+#[tokio::test]
+async fn nobody_waits_for_a_successor_once_the_vmm_is_gone() {
+    let ground = ground(0).await;
+    write(&ground.folder, "nacre-blk", "exec sleep 1000");
+    ground.kill();
+    ground.lose().await;
+    let starting = |view: &View| view.condition == Condition::Starting;
+    timeout(LIMIT, ground.handle.watch().wait_for(starting)).await.unwrap().unwrap();
+    drop(ground.vmm);
+    let error = timeout(LIMIT, ground.kept).await.unwrap().unwrap().unwrap_err();
+    assert_eq!(error.end(), Some(End::Signal(9)));
+}
+
+#[tokio::test]
+async fn a_disk_that_is_gone_gets_a_stand_in() {
+    let ground = ground(10).await;
+    let script = format!("case $* in *--stand-in*) ;; *) exit 3;; esac\n{GOOD}");
+    write(&ground.folder, "nacre-blk", &script);
+    ground.kill();
+    ground.lose().await;
+    ground.answer(reconnect(), Outcome::Done).await;
+    let fails = |view: &View| view.condition == Condition::Failing;
+    timeout(LIMIT, ground.handle.watch().wait_for(fails)).await.unwrap().unwrap();
 }

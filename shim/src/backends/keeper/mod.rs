@@ -11,6 +11,8 @@
 //!                                           `-- asked, and the new program does not serve: the old one
 //! ```
 //!
+//! Where a disk's image is gone, a stand-in that fails all requests serves instead of giving up.
+//!
 //! A new process is never started before the old one is gone, with all that it left taken in: two
 //! of them would act on one resource. When the VMM hangs up it is over, in every state.
 
@@ -21,6 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nacre_proto::exit::BackendExit;
 use rustix::process::Signal;
 use tokio::{
     sync::watch,
@@ -220,6 +223,16 @@ impl Keeper {
                 }
             }
         }
+        if self.blueprint.device.has_stand_in() && is_about_resource(&last) {
+            match self.attempt_stand_in().await {
+                Ok(process) => {
+                    log::error!("{}; from now on its requests fail", chain(&last));
+                    return Ok(Some(process));
+                }
+                Err(Failed::Over) => return Err(last),
+                Err(Failed::Backend(error)) => log::warn!("no stand-in: {}", chain(&error)),
+            }
+        }
         let (name, failures) = (self.blueprint.name.clone(), self.patience.failures());
         Err(BackendError::GivenUp { name, failures, source: Box::new(last) })
     }
@@ -312,6 +325,11 @@ async fn gone(losses: &mut watch::Receiver<Loss>) {
 
 fn cause(error: &BackendError) -> Cause {
     if error.end() == Some(End::Signal(libc::SIGKILL)) { Cause::Killed } else { Cause::Own }
+}
+
+/// What the device stands for can't be had any more.
+fn is_about_resource(error: &BackendError) -> bool {
+    error.end() == Some(End::Code(BackendExit::Resource.into()))
 }
 
 /// A backend whose connection is over ends in order.

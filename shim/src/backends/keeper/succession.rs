@@ -14,7 +14,8 @@ use tokio::time::timeout;
 use crate::{
     backends::{
         BackendError,
-        keeper::{CUT_OFF_GRACE, Failed, Keeper, SEEN_WITHIN, chain, is_farewell, lost},
+        keeper::{CUT_OFF_GRACE, Failed, Keeper, SEEN_WITHIN, chain, gone, is_farewell, lost},
+        kind::Role,
         process::{Process, how_ended, ready},
     },
     log_file,
@@ -62,14 +63,37 @@ impl Keeper {
         program: &Path,
         limit: Duration,
     ) -> Result<Process, Failed> {
-        let (mut process, socket) = self.blueprint.start(program, &self.estate)?;
+        let process = self.start(program, Role::Successor, limit).await?;
+        self.program = program.to_owned();
+        self.desk.serves(program);
+        Ok(process)
+    }
+
+    /// Starts what fails the device's requests, and has the VMM take it.
+    pub(super) async fn attempt_stand_in(&mut self) -> Result<Process, Failed> {
+        let process = self.start(&self.program.clone(), Role::StandIn, LATER).await?;
+        self.desk.fails();
+        Ok(process)
+    }
+
+    async fn start(
+        &mut self,
+        program: &Path,
+        role: Role,
+        limit: Duration,
+    ) -> Result<Process, Failed> {
+        let (mut process, socket) = self.blueprint.start(program, &self.estate, role)?;
         self.desk.started(process.child.record());
-        match self.bring_up(&mut process, socket, limit).await {
+        let mut losses = self.losses.clone();
+        let brought_up = tokio::select! {
+            biased;
+            brought_up = self.bring_up(&mut process, socket, limit) => brought_up,
+            () = gone(&mut losses) => Err(Failed::Over),
+        };
+        match brought_up {
             Ok(number) => {
                 (self.settled, self.is_awaited) = (number, false);
                 self.serves_since = Instant::now();
-                self.program = program.to_owned();
-                self.desk.serves(program);
                 Ok(process)
             }
             Err(failed) => {

@@ -81,6 +81,7 @@ fn state(device: &supervisor::Device) -> &'static str {
         DeviceState::Serving => "serving",
         DeviceState::Lost => "lost",
         DeviceState::Starting => "starting",
+        DeviceState::Failing => "failing",
     }
 }
 
