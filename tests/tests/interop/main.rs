@@ -3,6 +3,7 @@
 //! than a /dev/kvm that emulates.
 
 mod foreign;
+mod reconnect;
 
 use std::env;
 use std::fs;
