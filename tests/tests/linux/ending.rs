@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nacre_proto::exit::RunExit;
 use nacre_tests::leftovers::Leftovers;
 use nacre_tests::nacre::{Attached, User, finish};
-use nacre_tests::process::{Process, Signal, await_child_of, kill_child_of, until};
+use nacre_tests::process::{Process, Signal, await_child_of, until};
 use rustix::process::{Pid, kill_process};
 
 #[test]
