@@ -3,11 +3,12 @@
 use std::{
     fs::File,
     io::Read,
+    path::Path,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use nacre_proto::agent::{ConfigureSandboxRequest, Interface, Route};
-use tokio::time::sleep;
+use tokio::{sync::watch, time::sleep};
 
 use crate::{
     agent::{Agent, AgentError},
@@ -44,39 +45,19 @@ impl VmUp {
     async fn reach_agent(&mut self) -> Result<Agent, SandboxError> {
         let limit = self.base.settings.agent_timeout;
         let vsock = self.base.files.vsock();
-        let mut console = self.vmm.console();
-        let begun = Instant::now();
-        let mut last_progress = begun;
-        loop {
-            let attempt = tokio::select! {
-                attempt = Agent::connect(&vsock, limit) => attempt,
-                death = self.death() => return Err(death),
-            };
-            let silent = match attempt {
-                Ok(agent) => return Ok(agent),
-                Err(error @ AgentError::Version(_)) => return Err(error.into()),
-                Err(error) => {
-                    log::trace!("no agent yet: {error}");
-                    // The connection was taken and then nothing came: that is not booting.
-                    matches!(error, AgentError::Lost { .. })
-                }
-            };
-            if console.has_changed().unwrap_or(false) {
-                console.mark_unchanged();
-                last_progress = Instant::now();
+        let attempts = attempts(&vsock, self.vmm.console(), limit);
+        // One wait for a death beside all attempts: a death takes a moment to be explained, and an
+        // attempt that fails because of it comes sooner.
+        let attempted = tokio::select! {
+            attempted = attempts => attempted,
+            death = self.death() => return Err(death),
+        };
+        attempted.map_err(|error| match error {
+            NoAgent::Other(error) => error.into(),
+            NoAgent::Silent(waited) => {
+                SandboxError::AgentSilent { waited, console: self.console_tail() }
             }
-            let waited = last_progress.elapsed();
-            if (silent && begun.elapsed() >= limit)
-                || waited >= limit
-                || begun.elapsed() >= limit * BOOT_FACTOR
-            {
-                return Err(SandboxError::AgentSilent { waited, console: self.console_tail() });
-            }
-            tokio::select! {
-                () = sleep(BETWEEN_ATTEMPTS) => {}
-                death = self.death() => return Err(death),
-            }
-        }
+        })
     }
 
     fn configuration(&self) -> Result<ConfigureSandboxRequest, SandboxError> {
@@ -100,6 +81,48 @@ impl VmUp {
             storages: plan.storages.clone(),
             ..ConfigureSandboxRequest::default()
         })
+    }
+}
+
+/// Why no attempt led to an agent.
+enum NoAgent {
+    /// Nothing happened for so long.
+    Silent(Duration),
+    /// It is there and can't be spoken with.
+    Other(AgentError),
+}
+
+/// Tries to reach the agent until it answers, or the guest's console, whose length `console` is,
+/// has not grown for `limit`.
+async fn attempts(
+    vsock: &Path,
+    mut console: watch::Receiver<u64>,
+    limit: Duration,
+) -> Result<Agent, NoAgent> {
+    let begun = Instant::now();
+    let mut last_progress = begun;
+    loop {
+        let silent = match Agent::connect(vsock, limit).await {
+            Ok(agent) => return Ok(agent),
+            Err(error @ AgentError::Version(_)) => return Err(NoAgent::Other(error)),
+            Err(error) => {
+                log::trace!("no agent yet: {error}");
+                // The connection was taken and then nothing came: that is not booting.
+                matches!(error, AgentError::Lost { .. })
+            }
+        };
+        if console.has_changed().unwrap_or(false) {
+            console.mark_unchanged();
+            last_progress = Instant::now();
+        }
+        let waited = last_progress.elapsed();
+        if (silent && begun.elapsed() >= limit)
+            || waited >= limit
+            || begun.elapsed() >= limit * BOOT_FACTOR
+        {
+            return Err(NoAgent::Silent(waited));
+        }
+        sleep(BETWEEN_ATTEMPTS).await;
     }
 }
 
