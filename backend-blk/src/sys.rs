@@ -6,7 +6,7 @@
 
 use std::io;
 use std::mem;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::thread;
 use std::time::Duration;
 
@@ -98,10 +98,17 @@ fn offset(bytes: u64) -> libc::off_t {
 
 /// Jobs whose next step the kernel takes through a ring of submissions and completions.
 ///
-/// The ring can do nothing but what [`Step`]s need, on nothing but the disk, whoever fills it:
-/// the kernel holds it to that, since system call filters don't see what is submitted.
+/// The ring can do nothing but what [`Step`]s need, whoever fills it: the kernel holds it to that,
+/// since system call filters don't see what is submitted. It could do so on other descriptors of
+/// the process than the disk's, as the plain system calls for the same things can.
+///
+/// The disk is no registered file of the ring: the kernel lets go of those tens of milliseconds
+/// after the process is gone, and a successor would wait for the image's lock as long. So each
+/// step holds a reference to the disk, and the last one to end releases the lock.
 pub(crate) struct KernelRing {
     ring: IoUring,
+    /// Open for as long as steps may name it.
+    disk: OwnedFd,
     /// By their number, which is the submission's user data. The memory that the kernel works on
     /// belongs to the job, and the vectors that it reads to its place here.
     places: Vec<Option<(Job, Vectors)>>,
@@ -123,13 +130,12 @@ impl KernelRing {
         if !wanted.iter().all(|code| probe.is_supported(*code)) {
             return Err(io::Error::from(io::ErrorKind::Unsupported));
         }
-        ring.submitter().register_files(&[disk.as_raw_fd()])?;
         let mut allowed: Vec<_> = wanted.into_iter().map(Restriction::sqe_op).collect();
-        allowed.push(Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()));
         ring.submitter().register_restrictions(&mut allowed)?;
         ring.submitter().register_enable_rings()?;
         let places = (0..jobs).map(|_place| None).collect();
-        Ok(Self { ring, places, free: (0..usize::from(jobs)).rev().collect() })
+        let disk = disk.try_clone_to_owned()?;
+        Ok(Self { ring, disk, places, free: (0..usize::from(jobs)).rev().collect() })
     }
 
     /// The descriptor that can be read when a job's step has ended.
@@ -151,7 +157,7 @@ impl KernelRing {
         let Some(place) = self.free.pop() else {
             return Err(Box::new(job));
         };
-        let (entry, vectors) = entry(job.step());
+        let (entry, vectors) = entry(types::Fd(self.disk.as_raw_fd()), job.step());
         let entry = entry.user_data(place as u64);
         self.places[place] = Some((job, vectors));
         // SAFETY: the entry points to the vectors and they to the job's memory; both stay in
@@ -210,8 +216,7 @@ impl Drop for KernelRing {
     }
 }
 
-fn entry(step: Step) -> (squeue::Entry, Vectors) {
-    let disk = types::Fixed(0);
+fn entry(disk: types::Fd, step: Step) -> (squeue::Entry, Vectors) {
     match step {
         Step::Read { pieces, offset_bytes } => {
             let vectors = Vectors::of(&pieces);
@@ -233,14 +238,14 @@ fn entry(step: Step) -> (squeue::Entry, Vectors) {
             (flush.build(), Vectors(Vec::new()))
         }
         Step::Punch { offset_bytes, len_bytes } => {
-            (allocation(PUNCH, offset_bytes, len_bytes), Vectors(Vec::new()))
+            (allocation(disk, PUNCH, offset_bytes, len_bytes), Vectors(Vec::new()))
         }
         Step::Zero { offset_bytes, len_bytes } => {
-            (allocation(ZERO, offset_bytes, len_bytes), Vectors(Vec::new()))
+            (allocation(disk, ZERO, offset_bytes, len_bytes), Vectors(Vec::new()))
         }
     }
 }
 
-fn allocation(mode: i32, offset_bytes: u64, len_bytes: u64) -> squeue::Entry {
-    opcode::Fallocate::new(types::Fixed(0), len_bytes).offset(offset_bytes).mode(mode).build()
+fn allocation(disk: types::Fd, mode: i32, offset_bytes: u64, len_bytes: u64) -> squeue::Entry {
+    opcode::Fallocate::new(disk, len_bytes).offset(offset_bytes).mode(mode).build()
 }
