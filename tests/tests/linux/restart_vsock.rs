@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nacre_tests::nacre::{SANDBOX_PATIENCE, User};
 use nacre_tests::process::{Process, Signal, child_of};
-use rustix::process::{Pid, kill_process};
+use rustix::process::kill_process;
+use serde_json::Value;
 
+const NAME: &str = "carried";
 const KILLS: usize = 12;
 const EXECS: usize = 3;
-/// How long a new process serves before it is killed too.
-const BETWEEN: Duration = Duration::from_millis(300);
 
 /// What belongs at a position.
 fn byte(at: usize) -> u8 {
@@ -26,7 +26,7 @@ fn byte(at: usize) -> u8 {
 #[test]
 fn streams_and_calls_outlive_the_process_that_carries_them() -> Result<()> {
     let user = User::new()?;
-    let mut command = user.run_command(&["-i", "--name", "loop"], &["cat"])?;
+    let mut command = user.run_command(&["-i", "--name", NAME], &["cat"])?;
     command.stdin(Stdio::piped()).stdout(Stdio::piped());
     let program = command.get_program().to_owned();
     let mut run = Process::start(program.as_ref(), &mut command)?;
@@ -40,7 +40,7 @@ fn streams_and_calls_outlive_the_process_that_carries_them() -> Result<()> {
 
     let (calm, enough) = (AtomicBool::new(false), AtomicBool::new(false));
     let (sent, kills) = (AtomicUsize::new(1), AtomicUsize::new(0));
-    thread::scope(|scope| -> Result<()> {
+    let done = thread::scope(|scope| -> Result<()> {
         let writer = scope.spawn(|| -> Result<()> {
             while !enough.load(Ordering::Relaxed) {
                 let at = sent.load(Ordering::Relaxed);
@@ -64,12 +64,12 @@ fn streams_and_calls_outlive_the_process_that_carries_them() -> Result<()> {
                 at += len;
             }
         });
-        let killer = scope.spawn(|| kill_until(supervisor, &calm, &kills));
+        let killer = scope.spawn(|| kill_until(&user, supervisor, &calm, &kills));
         let entered = enter(&user, &kills);
         calm.store(true, Ordering::Relaxed);
         killer.join().expect("no panic")?;
         let entered = entered.and_then(|()| {
-            user.nacre(&["device", "restart", "loop", "vsock"])?.code(0)?;
+            user.nacre(&["device", "restart", NAME, "vsock"])?.code(0)?;
             enter(&user, &kills)
         });
         enough.store(true, Ordering::Relaxed);
@@ -82,14 +82,16 @@ fn streams_and_calls_outlive_the_process_that_carries_them() -> Result<()> {
             // Nobody may wait any more for what does not come.
             run.signal(Signal::KILL)?;
         }
-        writer.join().expect("no panic")?;
-        let read = reader.join().expect("no panic")?;
+        let (written, read) = (writer.join(), reader.join());
         entered?;
+        let read = read.expect("no panic")?;
+        written.expect("no panic")?;
         let sent = sent.load(Ordering::Relaxed);
         ensure!(read == sent, "{sent} bytes were sent and {read} came back");
         Ok(())
-    })?;
+    });
     let (status, said) = run.wait_for(SANDBOX_PATIENCE)?;
+    done.with_context(|| format!("{status} after {kills:?} kills: {said}"))?;
     ensure!(status.success(), "{status}: {said}");
     Ok(())
 }
@@ -102,7 +104,7 @@ fn enter(user: &User, kills: &AtomicUsize) -> Result<()> {
         ensure!(Instant::now() < deadline, "{entered} entered, {kills:?} kills");
         let word = format!("{entered}");
         let script = "cat; echo $0; exit 7";
-        let mut exec = user.command(&["exec", "-i", "loop", "sh", "-c", script, &word])?;
+        let mut exec = user.command(&["exec", "-i", NAME, "sh", "-c", script, &word])?;
         let answer = nacre_tests::nacre::finish(&mut exec)?.code(7)?;
         ensure!(answer.out == format!("{word}\n"), "{answer:?}");
         entered += 1;
@@ -110,18 +112,22 @@ fn enter(user: &User, kills: &AtomicUsize) -> Result<()> {
     Ok(())
 }
 
-/// Kills the process each time that the supervisor has started another.
-fn kill_until(supervisor: u32, calm: &AtomicBool, kills: &AtomicUsize) -> Result<()> {
-    let mut last: Option<Pid> = None;
+/// Kills the process some time after it has begun to serve, and so the next one.
+fn kill_until(user: &User, supervisor: u32, calm: &AtomicBool, kills: &AtomicUsize) -> Result<()> {
     while !calm.load(Ordering::Relaxed) {
-        let next = child_of(supervisor, "nacre-vsock")?.filter(|next| Some(*next) != last);
-        if let Some(next) = next {
-            thread::sleep(BETWEEN);
-            // The sandbox may be over.
-            kills.fetch_add(kill_process(next, Signal::KILL).is_ok().into(), Ordering::Relaxed);
-            last = Some(next);
+        let listed = user.nacre(&["device", "list", "--json", NAME])?.code(0)?;
+        let devices: Vec<Value> = serde_json::from_str(&listed.out)?;
+        let serves = |device: &Value| device["id"] == "vsock" && device["state"] == "serving";
+        if !devices.iter().any(serves) {
+            continue;
         }
-        thread::sleep(Duration::from_millis(5));
+        // Not a wait for anything: the pauses differ, so that deaths fall anywhere.
+        let pause = kills.load(Ordering::Relaxed) as u64 * 97 % 400;
+        thread::sleep(Duration::from_millis(pause));
+        if let Some(process) = child_of(supervisor, "nacre-vsock")? {
+            // It may have ended in between.
+            kills.fetch_add(kill_process(process, Signal::KILL).is_ok().into(), Ordering::Relaxed);
+        }
     }
     Ok(())
 }
