@@ -66,9 +66,11 @@ const LONG: &[(&str, Value)] = &[
 const SHORT: &[(char, Value)] =
     &[('v', Value::PathColon), ('e', Value::Variable), ('u', Value::Plain), ('w', Value::Plain)];
 
-/// Maps the arguments after `run`; `lookup` finds a variable of this process.
+/// Maps the arguments after `run`; `names` is how the host calls a path of this machine, `lookup`
+/// finds a variable of this process.
 pub(super) fn map_run(
     arguments: &[String],
+    names: impl Fn(&Path) -> PathBuf,
     lookup: impl Fn(&str) -> Option<String>,
 ) -> Result<Mapping> {
     let mut mapping = Mapping::default();
@@ -88,7 +90,7 @@ pub(super) fn map_run(
             mapping.arguments.push(argument.clone());
             break;
         };
-        let mapped = mapping.value(value, &given, &lookup)?;
+        let mapped = mapping.value(value, &given, &names, &lookup)?;
         mapping.has_root |= matches!(option.as_str(), "--rootfs" | "--image");
         mapping.flag(&option);
         mapping.arguments.extend([option, mapped]);
@@ -139,14 +141,15 @@ impl Mapping {
         &mut self,
         value: Value,
         given: &str,
+        names: impl Fn(&Path) -> PathBuf,
         lookup: impl Fn(&str) -> Option<String>,
     ) -> Result<String> {
         Ok(match value {
             Value::Plain => given.to_owned(),
-            Value::Path => self.path(given)?,
+            Value::Path => self.path(given, names)?,
             Value::PathColon => match given.split_once(':') {
-                Some((path, more)) => format!("{}:{more}", self.path(path)?),
-                None => self.path(given)?,
+                Some((path, more)) => format!("{}:{more}", self.path(path, names)?),
+                None => self.path(given, names)?,
             },
             Value::Variable if given.contains('=') => given.to_owned(),
             Value::Variable => match lookup(given) {
@@ -158,11 +161,12 @@ impl Mapping {
 
     /// An existing path without its links, since those lead elsewhere in the host; a missing one
     /// as an absolute path, for nacre to name in its complaint.
-    fn path(&mut self, given: &str) -> Result<String> {
+    fn path(&mut self, given: &str, names: impl Fn(&Path) -> PathBuf) -> Result<String> {
         let path = match fs::canonicalize(given) {
             Ok(path) => {
-                self.paths.push(path.clone());
-                path
+                let named = names(&path);
+                self.paths.push(path);
+                named
             }
             Err(_) if given.is_empty() => return Ok(String::new()),
             Err(_) => absolute(Path::new(given)).context("no current folder")?,
@@ -177,7 +181,8 @@ mod tests {
 
     fn map(line: &str) -> Mapping {
         let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
-        map_run(&words, |name| (name == "HERE").then(|| "value".to_owned())).unwrap()
+        map_run(&words, Path::to_path_buf, |name| (name == "HERE").then(|| "value".to_owned()))
+            .unwrap()
     }
 
     #[test]
@@ -189,6 +194,15 @@ mod tests {
         assert_eq!(mapping.arguments[8..], ["/etc", "./x"]);
         assert_eq!(mapping.paths, [PathBuf::from("/etc"), PathBuf::from("/usr")]);
         assert!(mapping.has_root);
+    }
+
+    #[test]
+    fn a_path_gets_the_name_that_it_has_in_the_host() {
+        let words = ["-v".to_owned(), "/etc:/data".to_owned(), "ls".to_owned(), "/etc".to_owned()];
+        let names = |path: &Path| Path::new("/host").join(path.strip_prefix("/").unwrap());
+        let mapping = map_run(&words, names, |_| None).unwrap();
+        assert_eq!(mapping.arguments, ["-v", "/host/etc:/data", "ls", "/etc"]);
+        assert_eq!(mapping.paths, [PathBuf::from("/etc")]);
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod arguments;
 use crate::cache::{CACHE_VARIABLE, Cache};
 use crate::guest_image::{GuestImage, busybox_rootfs};
 use crate::host::command::IDLE_MAX;
+use crate::host::places::place;
 use crate::host::{Emulated, Host, job};
 use crate::packages::machine;
 use crate::programs::Programs;
@@ -73,14 +74,15 @@ impl NacreArguments {
     /// # Errors
     /// Something cannot be built or prepared, or the host cannot be used.
     pub fn run(self) -> Result<ExitCode> {
+        let direct = Host::is_direct()?;
+        let names = if direct { Path::to_path_buf } else { inside };
         let mapping = match self.argv.split_first() {
             Some((command, rest)) if command == "run" => {
-                Some(map_run(rest, |name| env::var(name).ok())?)
+                Some(map_run(rest, names, |name| env::var(name).ok())?)
             }
             _ => None,
         };
         // What this machine or its user lacks is said before anything is built.
-        let direct = Host::is_direct()?;
         let network = direct && mapping.as_ref().is_some_and(|mapping| mapping.network);
         machine::need_root(&packages(direct, network))?;
         if network {
@@ -88,8 +90,8 @@ impl NacreArguments {
         }
         let cache = Cache::open()?;
         let (prepared, mapping) = match mapping {
-            Some(mapping) => prepare_run(&cache, mapping)?,
-            None => prepare_other(self.argv)?,
+            Some(mapping) => prepare_run(&cache, mapping, names)?,
+            None => prepare_other(self.argv, names)?,
         };
         let host = Host::choose(&cache)?;
         say(&host.describe());
@@ -111,36 +113,48 @@ fn packages(direct: bool, network: bool) -> Vec<&'static str> {
     [machine::BUILD_PACKAGES, host, network].concat()
 }
 
-fn prepare_run(cache: &Cache, mut mapping: Mapping) -> Result<(Prepared, Mapping)> {
+/// How the emulated host calls a path of this machine.
+fn inside(path: &Path) -> PathBuf {
+    place(path).inside
+}
+
+fn prepare_run(
+    cache: &Cache,
+    mut mapping: Mapping,
+    names: fn(&Path) -> PathBuf,
+) -> Result<(Prepared, Mapping)> {
     let programs = Programs::build()?;
     let guest = GuestImage::prepare(cache, &programs.agent)?;
     if !mapping.has_root {
         let rootfs = busybox_rootfs(cache)?;
         mapping.arguments.insert(0, "--rootfs".to_owned());
-        mapping.arguments.insert(1, text(&rootfs)?);
+        mapping.arguments.insert(1, text(&names(&rootfs))?);
         mapping.paths.push(rootfs);
     }
     mapping.arguments.insert(0, "run".to_owned());
     let env = vec![
-        ("NACRE_KERNEL".to_owned(), text(&guest.kernel)?),
-        ("NACRE_INITRAMFS".to_owned(), text(&guest.initramfs)?),
+        ("NACRE_KERNEL".to_owned(), text(&names(&guest.kernel))?),
+        ("NACRE_INITRAMFS".to_owned(), text(&names(&guest.initramfs))?),
         // Images are unpacked there once, also where the host itself does not last.
-        (CACHE_VARIABLE.to_owned(), text(cache.root())?),
+        (CACHE_VARIABLE.to_owned(), text(&names(cache.root()))?),
     ];
-    let nacre = programs.folder.join("nacre");
+    let nacre = names(&programs.folder.join("nacre"));
     let paths = vec![programs.folder, cache.root().to_owned()];
     Ok((Prepared { nacre: text(&nacre)?, env, paths }, mapping))
 }
 
 /// Commands about sandboxes that exist need nothing built: those run from programs that are.
-fn prepare_other(arguments: Vec<String>) -> Result<(Prepared, Mapping)> {
+fn prepare_other(
+    arguments: Vec<String>,
+    names: fn(&Path) -> PathBuf,
+) -> Result<(Prepared, Mapping)> {
     let folder = Programs::folder()?;
     let nacre = folder.join("nacre");
     if !nacre.exists() {
         Programs::build()?;
     }
     let mapping = map_other(arguments);
-    Ok((Prepared { nacre: text(&nacre)?, env: Vec::new(), paths: vec![folder] }, mapping))
+    Ok((Prepared { nacre: text(&names(&nacre))?, env: Vec::new(), paths: vec![folder] }, mapping))
 }
 
 fn run_emulated(emulated: &Emulated, prepared: Prepared, mapping: Mapping) -> Result<ExitCode> {
