@@ -54,8 +54,7 @@ impl Sandbox {
         all.extend(options);
         let script = format!("echo up; {script}; {STAY}");
         let run = Attached::start(&mut user.run_command(&all, &["sh", "-c", &script])?)?;
-        run.until("up")?;
-        Ok(Self { user, run, folder, before })
+        Self { user, run, folder, before }.until("up")
     }
 
     /// Puts a program in the place of another one of the sandbox's own.
@@ -243,10 +242,11 @@ fn refusals(sandbox: &Sandbox) -> Result<()> {
         (&["upgrade", NAME, "disk-0", "--binary", "/no/program"][..], "no such program"),
         (&["upgrade", NAME, "disk-0", "--binary", "/etc/passwd"], "not an executable file"),
         (&["restart", NAME, "disk-7"], "no device `disk-7`"),
-        (&["restart", "unknown", "disk-0"], "no sandbox `unknown`"),
     ] {
         sandbox.device(words)?.code(refused)?.tells(why)?;
     }
+    let name = i32::from(u8::from(RunExit::Name));
+    sandbox.device(&["restart", "unknown", "disk-0"])?.code(name)?.tells("`unknown`")?;
     Ok(())
 }
 
@@ -306,7 +306,7 @@ fn a_disk_that_is_gone_gives_errors_until_it_is_back() -> Result<()> {
     until("a stand-in is there", || Ok(sandbox.listed("disk-0")?["state"] == "failing"))?;
     let uncached = "dd if=/dev/disk-0 of=/dev/null bs=4k count=1 skip=4000";
     let answer = sandbox.user.nacre(&["exec", NAME, "sh", "-c", uncached])?;
-    ensure!(answer.code == Some(1) && answer.said.contains("I/O error"), "{answer:?}");
+    ensure!(answer.code == Some(1) && answer.said.contains("Input/output error"), "{answer:?}");
     fs::rename(&away, &disk)?;
     sandbox.device(&["restart", NAME, "disk-0"])?.code(0)?;
     ensure!(sandbox.serves("disk-0")?, "{}", sandbox.listed("disk-0")?);
