@@ -57,6 +57,12 @@ struct Pending {
     what: What,
 }
 
+impl Pending {
+    fn reads(&self, wanted: u64) -> bool {
+        matches!(self.what, What::Read { block, .. } if block == wanted)
+    }
+}
+
 /// The guest.
 pub(crate) struct Guest {
     pub(crate) driver: Driver,
@@ -104,20 +110,23 @@ impl Guest {
             let block = self.dice.roll(BLOCKS);
             let sector = block * BLOCK_BYTES / 512;
             let Block { acknowledged, submitted } = *self.block(block);
+            // No disk promises a whole block to who reads it while it is written.
+            let is_written = submitted != acknowledged;
+            let is_read = self.pending.iter().any(|pending| pending.reads(block));
             let (what, request) = match self.dice.roll(8) {
                 0 => {
                     let header = header(FLUSH, 0);
                     let request = self.driver.submit(queue, &[Buffer::Out(&header), Buffer::In(1)]);
                     (What::Flush, request)
                 }
-                1 | 2 => {
+                1 | 2 if !is_written => {
                     let header = header(IN, sector);
                     let into = Buffer::In(u32::try_from(BLOCK_BYTES).unwrap());
                     let buffers = [Buffer::Out(&header), into, Buffer::In(1)];
                     let request = self.driver.submit(queue, &buffers);
                     (What::Read { block, at_least: acknowledged }, request)
                 }
-                _ if submitted == acknowledged => {
+                _ if !is_written && !is_read => {
                     let (header, data) = (header(OUT, sector), content(block, submitted + 1));
                     let buffers = [Buffer::Out(&header), Buffer::Out(&data), Buffer::In(1)];
                     let request = self.driver.submit(queue, &buffers);
