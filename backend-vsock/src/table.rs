@@ -268,4 +268,4 @@ impl Default for Table {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -31,3 +31,17 @@ pub mod streams;
 pub mod sys;
 pub mod timing;
 pub mod vmm;
+
+use std::error::Error;
+
+/// An error and its causes in one line.
+#[must_use]
+pub fn error_chain(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        line = format!("{line}: {error}");
+        source = error.source();
+    }
+    line
+}

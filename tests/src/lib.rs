@@ -6,6 +6,7 @@ pub mod artifacts;
 pub mod backend;
 pub mod blackout;
 pub mod control;
+pub mod hybrid_vsock;
 pub mod image;
 pub mod leftovers;
 pub mod machine;

@@ -63,15 +63,7 @@ impl Storm {
 
     /// Kills the process some time after `work` has begun, and gives its successor's socket.
     fn kill_during(&mut self, delay: Duration, work: impl FnOnce(&mut Guest, &AtomicBool)) {
-        let (daemon, over) = (&self.daemon, AtomicBool::new(false));
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                thread::sleep(delay);
-                daemon.signal(Signal::KILL);
-                over.store(true, Ordering::Release);
-            });
-            work(&mut self.guest, &over);
-        });
+        self.daemon.kill_during(delay, |over| work(&mut self.guest, over));
         self.daemon.wait();
     }
 

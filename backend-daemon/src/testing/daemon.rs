@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -79,6 +80,19 @@ impl Daemon {
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Kills it some time after `work` has begun, which is told when that has happened.
+    pub fn kill_during(&self, delay: Duration, work: impl FnOnce(&AtomicBool)) {
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(delay);
+                self.signal(Signal::KILL);
+                over.store(true, Ordering::Release);
+            });
+            work(&over);
+        });
     }
 
     /// Sends SIGTERM and waits for the end.

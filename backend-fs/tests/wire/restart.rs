@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 
 use backend_daemon::testing::Options;
+use tempfile::TempDir;
 
 use crate::fuse::{Call, Entry, Guest, Op, REQUESTS, ROOT, can_sandbox, long, word};
 use crate::keeper::Keeper;
@@ -14,6 +15,17 @@ const ESTALE: i32 = 116;
 
 pub(crate) fn options() -> Options {
     Options { queues: 4, inflight: true, ..Options::default() }
+}
+
+/// A process that serves an empty share, and a guest that has mounted it; nothing where the host
+/// does not let it be confined.
+fn begin() -> Option<(TempDir, Keeper, Guest)> {
+    can_sandbox().then(|| {
+        let share = tempfile::tempdir().unwrap();
+        let mut keeper = Keeper::start(share.path(), &[]);
+        let guest = Guest::mount_with(keeper.daemon(), &options());
+        (share, keeper, guest)
+    })
 }
 
 /// Kills the process, and has the guest's frontend find the next one.
@@ -38,12 +50,7 @@ fn forget(guest: &mut Guest, node: u64, count: u64) {
 
 #[test]
 fn open_files_and_known_folders_go_on_through_kill_after_kill() {
-    if !can_sandbox() {
-        return;
-    }
-    let share = tempfile::tempdir().unwrap();
-    let mut keeper = Keeper::start(share.path(), &[]);
-    let mut guest = Guest::mount_with(keeper.daemon(), &options());
+    let Some((share, mut keeper, mut guest)) = begin() else { return };
     let outer = mkdir(&mut guest, ROOT, "outer");
     let inner = mkdir(&mut guest, outer, "inner");
     let (node, handle) = guest.create(inner, "file", 0).unwrap();
@@ -75,12 +82,7 @@ fn open_files_and_known_folders_go_on_through_kill_after_kill() {
 
 #[test]
 fn a_file_without_a_name_lives_as_long_as_it_is_open() {
-    if !can_sandbox() {
-        return;
-    }
-    let share = tempfile::tempdir().unwrap();
-    let mut keeper = Keeper::start(share.path(), &[]);
-    let mut guest = Guest::mount_with(keeper.daemon(), &options());
+    let Some((_share, mut keeper, mut guest)) = begin() else { return };
     let (node, handle) = guest.create(ROOT, "removed", 0).unwrap();
     let (covered, covered_handle) = guest.create(ROOT, "covered", 0).unwrap();
     guest.create(ROOT, "cover", 0).unwrap();
@@ -117,12 +119,7 @@ fn a_file_without_a_name_lives_as_long_as_it_is_open() {
 
 #[test]
 fn a_file_without_a_name_takes_every_request_that_an_open_file_takes() {
-    if !can_sandbox() {
-        return;
-    }
-    let share = tempfile::tempdir().unwrap();
-    let mut keeper = Keeper::start(share.path(), &[]);
-    let mut guest = Guest::mount_with(keeper.daemon(), &options());
+    let Some((_share, mut keeper, mut guest)) = begin() else { return };
     let (node, handle) = guest.create(ROOT, "file", 0).unwrap();
     guest.write(node, handle, 0, &[7; 8192]).unwrap();
     let link = guest.call(&Call::new(Op::Symlink, ROOT).name("link").name("target")).unwrap();
@@ -164,12 +161,7 @@ fn a_file_without_a_name_takes_every_request_that_an_open_file_takes() {
 
 #[test]
 fn a_file_that_loses_one_of_its_names_is_found_by_the_other() {
-    if !can_sandbox() {
-        return;
-    }
-    let share = tempfile::tempdir().unwrap();
-    let mut keeper = Keeper::start(share.path(), &[]);
-    let mut guest = Guest::mount_with(keeper.daemon(), &options());
+    let Some((_share, mut keeper, mut guest)) = begin() else { return };
     let (node, handle) = guest.create(ROOT, "temporary", 0).unwrap();
     let link = Call::new(Op::Link, ROOT).long(node).name("final");
     assert_eq!(Entry::parse(&guest.call(&link).unwrap()).node, node);
@@ -195,12 +187,7 @@ fn a_file_that_loses_one_of_its_names_is_found_by_the_other() {
 #[test]
 fn more_files_without_a_name_than_are_kept_cost_the_guest_those_and_nothing_else() {
     const MOST: usize = 1024;
-    if !can_sandbox() {
-        return;
-    }
-    let share = tempfile::tempdir().unwrap();
-    let mut keeper = Keeper::start(share.path(), &[]);
-    let mut guest = Guest::mount_with(keeper.daemon(), &options());
+    let Some((_share, mut keeper, mut guest)) = begin() else { return };
     let mut open = Vec::new();
     for number in 0..MOST + 20 {
         let name = format!("file-{number}");
@@ -261,12 +248,7 @@ fn a_folder_is_read_on_where_the_last_process_stopped() {
 
 #[test]
 fn what_the_host_takes_away_is_stale_and_nothing_else_is() {
-    if !can_sandbox() {
-        return;
-    }
-    let share = tempfile::tempdir().unwrap();
-    let mut keeper = Keeper::start(share.path(), &[]);
-    let mut guest = Guest::mount_with(keeper.daemon(), &options());
+    let Some((share, mut keeper, mut guest)) = begin() else { return };
     let (lost, lost_handle) = guest.create(ROOT, "lost", 0).unwrap();
     let (kept, kept_handle) = guest.create(ROOT, "kept", 0).unwrap();
     keeper.kill();
@@ -281,12 +263,7 @@ fn what_the_host_takes_away_is_stale_and_nothing_else_is() {
 
 #[test]
 fn a_new_mount_begins_with_nothing_and_leaves_nothing_in_the_store() {
-    if !can_sandbox() {
-        return;
-    }
-    let share = tempfile::tempdir().unwrap();
-    let mut keeper = Keeper::start(share.path(), &[]);
-    let mut guest = Guest::mount_with(keeper.daemon(), &options());
+    let Some((_share, mut keeper, mut guest)) = begin() else { return };
     let (node, handle) = guest.create(ROOT, "file", 0).unwrap();
     guest.unlink(ROOT, "file").unwrap();
     restart(&mut keeper, &mut guest);
@@ -303,12 +280,7 @@ fn a_new_mount_begins_with_nothing_and_leaves_nothing_in_the_store() {
 
 #[test]
 fn a_mount_that_was_refused_is_none_for_the_successor_either() {
-    if !can_sandbox() {
-        return;
-    }
-    let share = tempfile::tempdir().unwrap();
-    let mut keeper = Keeper::start(share.path(), &[]);
-    let mut guest = Guest::mount_with(keeper.daemon(), &options());
+    let Some((_share, mut keeper, mut guest)) = begin() else { return };
     for version in [(7, 5), (6, 38)] {
         let init = Call::new(Op::Init, 0).word(version.0).word(version.1).word(0).word(0);
         assert_eq!(guest.call(&init.data(&[0; 48])), Err(EPROTO));
@@ -321,12 +293,7 @@ fn a_mount_that_was_refused_is_none_for_the_successor_either() {
 
 #[test]
 fn a_state_of_another_version_is_refused_with_its_own_exit_code_and_left_alone() {
-    if !can_sandbox() {
-        return;
-    }
-    let share = tempfile::tempdir().unwrap();
-    let mut keeper = Keeper::start(share.path(), &[]);
-    let mut guest = Guest::mount_with(keeper.daemon(), &options());
+    let Some((_share, mut keeper, mut guest)) = begin() else { return };
     let (node, handle) = guest.create(ROOT, "file", 0).unwrap();
     keeper.kill();
     keeper.state().write_all_at(&9_u64.to_ne_bytes(), 8).unwrap();
@@ -340,12 +307,7 @@ fn a_state_of_another_version_is_refused_with_its_own_exit_code_and_left_alone()
 
 #[test]
 fn who_ends_in_peace_is_succeeded_like_who_is_killed() {
-    if !can_sandbox() {
-        return;
-    }
-    let share = tempfile::tempdir().unwrap();
-    let mut keeper = Keeper::start(share.path(), &[]);
-    let mut guest = Guest::mount_with(keeper.daemon(), &options());
+    let Some((_share, mut keeper, mut guest)) = begin() else { return };
     let (node, handle) = guest.create(ROOT, "file", 0).unwrap();
     let base = guest.driver.stop_queue(REQUESTS);
     assert_eq!(base, 2);

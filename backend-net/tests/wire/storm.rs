@@ -1,8 +1,8 @@
 //! Killed again and again while frames flow: none goes out twice, few are lost, no ring is stuck.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::env;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use std::{env, thread};
 
 use backend_daemon::testing::{Buffer, DEADLINE, Daemon, Driver, Options, Request, connect_soon};
 use rustix::process::Signal;
@@ -75,13 +75,7 @@ impl Storm {
     /// Has the process killed at some moment while `work` is done over and over.
     fn kill_during(&mut self, mut work: impl FnMut(&mut Driver, &Host)) {
         let delay = Duration::from_micros(self.roll(3000));
-        let (daemon, over) = (&self.daemon, AtomicBool::new(false));
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                thread::sleep(delay);
-                daemon.signal(Signal::KILL);
-                over.store(true, Ordering::Release);
-            });
+        self.daemon.kill_during(delay, |over| {
             while !over.load(Ordering::Acquire) {
                 work(&mut self.driver, &self.host);
             }

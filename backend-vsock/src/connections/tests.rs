@@ -5,7 +5,6 @@ use std::io::{Read, Write};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
-use backend_daemon::device::{Interest, Token};
 use backend_daemon::process::State;
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -15,25 +14,9 @@ use crate::connection::{Connection, Phase};
 use crate::ledger::tests::{fresh, scribble};
 use crate::ledger::{AREA_BYTES, Part};
 use crate::packet::{Header, Op, Ports, TYPE_STREAM};
+use crate::table::tests::NoSources;
 
 const CID: Cid = Cid(52);
-
-/// Polls nothing.
-struct NoSources;
-
-impl Sources for NoSources {
-    fn add(&mut self, _: BorrowedFd<'_>, _: Token, _: Interest) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn modify(&mut self, _: BorrowedFd<'_>, _: Token, _: Interest) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn remove(&mut self, _: BorrowedFd<'_>, _: Token) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 /// What outlives each of a device's lives.
 struct World {

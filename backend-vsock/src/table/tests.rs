@@ -11,7 +11,7 @@ use crate::connection::Packet;
 use crate::packet::Op;
 
 /// Polls nothing.
-struct NoSources;
+pub(crate) struct NoSources;
 
 impl Sources for NoSources {
     fn add(&mut self, _: BorrowedFd<'_>, _: Token, _: Interest) -> io::Result<()> {

@@ -2,29 +2,12 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::thread;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use nacre_tests::backend::Backend;
+use nacre_tests::hybrid_vsock::connect;
 use nacre_tests::machine::Machine;
-use nacre_tests::process::PATIENCE;
-
-/// Connects through the backend to `port` of the guest.
-fn connect(uds: &Path, port: u32) -> Result<UnixStream> {
-    let mut stream = UnixStream::connect(uds)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    writeln!(stream, "CONNECT {port}")?;
-    let mut answer = Vec::new();
-    while answer.last() != Some(&b'\n') {
-        let mut byte = [0];
-        stream.read_exact(&mut byte).context("the answer to CONNECT")?;
-        answer.push(byte[0]);
-    }
-    ensure!(answer.starts_with(b"OK "), "{}", String::from_utf8_lossy(&answer));
-    Ok(stream)
-}
 
 #[test]
 fn bytes_come_back_as_they_went() -> Result<()> {

@@ -158,7 +158,7 @@ async fn a_device_is_given_up_with_the_last_words_of_its_last_process() {
     write(&ground.folder, "nacre-blk", "echo broken disk >&2; exit 3");
     ground.kill();
     ground.lose().await;
-    let error = chain(&timeout(LIMIT, ground.kept).await.unwrap().unwrap().unwrap_err());
+    let error = error_chain(&timeout(LIMIT, ground.kept).await.unwrap().unwrap().unwrap_err());
     let told = "nacre-blk of `disk-0` is given up after 12 failures in a row: \
         nacre-blk of `disk-0` ended with code 3; its last words: broken disk";
     assert_eq!(error, told);

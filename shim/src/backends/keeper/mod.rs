@@ -39,6 +39,7 @@ use crate::{
         process::{Blueprint, Process, how_ended},
     },
     child::End,
+    error_chain,
     vmm::{Link, Loss},
 };
 use succession::{LATER, SOON};
@@ -217,7 +218,11 @@ impl Keeper {
                 // The VMM may have gone because of it.
                 Err(Failed::Over) => return Err(last),
                 Err(Failed::Backend(error)) => {
-                    log::warn!("no successor of {} yet: {}", self.blueprint.name, chain(&error));
+                    log::warn!(
+                        "no successor of {} yet: {}",
+                        self.blueprint.name,
+                        error_chain(&error)
+                    );
                     last = error;
                     served = Duration::ZERO;
                 }
@@ -226,11 +231,11 @@ impl Keeper {
         if self.blueprint.device.has_stand_in() && is_about_resource(&last) {
             match self.attempt_stand_in().await {
                 Ok(process) => {
-                    log::error!("{}; from now on its requests fail", chain(&last));
+                    log::error!("{}; from now on its requests fail", error_chain(&last));
                     return Ok(Some(process));
                 }
                 Err(Failed::Over) => return Err(last),
-                Err(Failed::Backend(error)) => log::warn!("no stand-in: {}", chain(&error)),
+                Err(Failed::Backend(error)) => log::warn!("no stand-in: {}", error_chain(&error)),
             }
         }
         let (name, failures) = (self.blueprint.name.clone(), self.patience.failures());
@@ -264,7 +269,7 @@ impl Keeper {
         order.answer(match &attempt {
             Ok(_) => Ok(noticed.elapsed()),
             Err(Failed::Over) => Err(ReplaceError::Ending),
-            Err(Failed::Backend(error)) => Err(ReplaceError::NotBack(chain(error))),
+            Err(Failed::Backend(error)) => Err(ReplaceError::NotBack(error_chain(error))),
         });
         attempt
     }
@@ -293,7 +298,7 @@ impl Keeper {
             Err(Failed::Over) => return Ok(None),
             Err(Failed::Backend(error)) => error,
         };
-        let why = chain(&error);
+        let why = error_chain(&error);
         if program == old {
             order.answer(Err(ReplaceError::NotBack(why)));
         } else {
@@ -335,16 +340,6 @@ fn is_about_resource(error: &BackendError) -> bool {
 /// A backend whose connection is over ends in order.
 fn is_farewell(error: &BackendError) -> bool {
     error.end() == Some(End::Code(0))
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        line = format!("{line}: {error}");
-        source = error.source();
-    }
-    line
 }
 
 #[cfg(test)]

@@ -14,11 +14,11 @@ use tokio::time::timeout;
 use crate::{
     backends::{
         BackendError,
-        keeper::{CUT_OFF_GRACE, Failed, Keeper, SEEN_WITHIN, chain, gone, is_farewell, lost},
+        keeper::{CUT_OFF_GRACE, Failed, Keeper, SEEN_WITHIN, gone, is_farewell, lost},
         kind::Role,
         process::{Process, how_ended, ready},
     },
-    log_file,
+    error_chain, log_file,
     vmm::VmmError,
 };
 
@@ -52,7 +52,9 @@ impl Keeper {
                 }
             }
             Ok(Outcome::Status(_)) => return Err("a status".to_owned()),
-            Err(error) => log::warn!("{} is not let go of: {}", self.blueprint.name, chain(&error)),
+            Err(error) => {
+                log::warn!("{} is not let go of: {}", self.blueprint.name, error_chain(&error));
+            }
         }
         Ok(())
     }

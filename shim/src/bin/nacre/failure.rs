@@ -7,6 +7,7 @@ use std::{
 
 use nacre_proto::exit::RunExit;
 use shim::{
+    error_chain,
     image::ImageError,
     plan::{PlanError, inputs::InputError},
     registry::RegistryError,
@@ -30,14 +31,14 @@ impl Failure {
     pub(crate) fn setup(what: &str, error: impl Error) -> Self {
         Self {
             code: RunExit::Setup.into(),
-            line: format!("{what}: {}", chain(&error)),
+            line: format!("{what}: {}", error_chain(&error)),
             details: None,
         }
     }
 
     /// A failure that `error` says all about.
     pub(crate) fn of(error: &dyn Error) -> Self {
-        Self { code: RunExit::Setup.into(), line: chain(error), details: None }
+        Self { code: RunExit::Setup.into(), line: error_chain(error), details: None }
     }
 
     /// One that was reported by another process.
@@ -69,7 +70,7 @@ impl Failure {
 
 impl<E: Error + 'static> From<E> for Failure {
     fn from(error: E) -> Self {
-        Self { code: exit(&error).into(), line: chain(&error), details: None }
+        Self { code: exit(&error).into(), line: error_chain(&error), details: None }
     }
 }
 
@@ -100,19 +101,9 @@ pub(crate) fn of_sandbox(error: &SandboxError) -> Failure {
     let by_signal = error.signal().and_then(|signal| u8::try_from(128 + signal).ok());
     Failure {
         code: by_signal.unwrap_or(error.exit().into()),
-        line: chain(error),
+        line: error_chain(error),
         details: error.details(),
     }
-}
-
-fn chain(error: &dyn Error) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        line = format!("{line}: {error}");
-        source = error.source();
-    }
-    line
 }
 
 #[cfg(test)]

@@ -6,9 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail};
 use nacre_tests::blackout::{Summary, Tally};
-use nacre_tests::process::PATIENCE;
+use nacre_tests::hybrid_vsock::connect;
 use nacre_tests::supervised::Supervised;
 
 use crate::load::Load;
@@ -22,7 +22,7 @@ pub(crate) fn measure(kills: usize) -> Result<Summary> {
     let arguments = ["--guest-cid", "42", "--uds-path", &path.display().to_string()];
     let mut device = Supervised::new("nacre-vsock", &arguments)?;
     let mut load = Load::start("vsock", &mut device)?;
-    let stream = connect(UnixStream::connect(&path)?)?;
+    let stream = connect(&path, 5000)?;
     let over = AtomicBool::new(false);
     let (summary, back) = thread::scope(|scope| {
         let writing = scope.spawn(|| write(&stream, &over));
@@ -51,20 +51,6 @@ pub(crate) fn measure(kills: usize) -> Result<Summary> {
         errors: there.errors + back.errors,
     };
     Ok(Summary { tally, ..summary })
-}
-
-/// Connects through the backend to the guest.
-fn connect(mut stream: UnixStream) -> Result<UnixStream> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.write_all(b"CONNECT 5000\n")?;
-    let mut answer = Vec::new();
-    while answer.last() != Some(&b'\n') {
-        let mut byte = [0];
-        stream.read_exact(&mut byte).context("the answer to CONNECT")?;
-        answer.push(byte[0]);
-    }
-    ensure!(answer.starts_with(b"OK "), "{}", String::from_utf8_lossy(&answer));
-    Ok(stream)
 }
 
 /// Writes words until it is enough; says how many.
