@@ -1,12 +1,12 @@
 //! Which command is legal when. No effects here: the control loop applies what this decides.
 //!
 //! ```text
-//!             state of the device:   Idle  Active  NeedsReset  Lost  Quiesced
-//! Quiesce                            yes   yes     yes         no    no
-//! Reconnect                          no    no      no          yes   yes
+//!             state of the device:   Idle  Active  NeedsReset  Lost  Quiesced  Passthrough
+//! Quiesce                            yes   yes     yes         no    no        no
+//! Reconnect                          no    no      no          yes   yes       no
 //! ```
 
-use nacre_proto::vmm::{Command, DeviceState, DeviceStatus, State};
+use nacre_proto::vmm::{Command, DeviceState, DeviceStatus, NewDeviceKind, State};
 
 /// What the control loop is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +38,12 @@ pub enum Refusal {
     /// The device's backend is not there.
     #[error("the device has no backend")]
     HasNoBackend,
+    /// The device is the host's.
+    #[error("no process of ours serves the device")]
+    NoProcess,
+    /// It can't be done yet.
+    #[error("this VMM can't do that yet")]
+    NotYet,
     /// Too many or too few descriptors.
     #[error("{got} descriptors came with a request that takes {wanted}")]
     Descriptors {
@@ -60,7 +66,7 @@ pub fn decide(
     command: &Command,
     descriptors: usize,
 ) -> Result<Action, Refusal> {
-    let wanted = usize::from(matches!(command, Command::Reconnect { .. }));
+    let wanted = descriptors_of(command);
     if descriptors != wanted {
         return Err(Refusal::Descriptors { got: descriptors, wanted });
     }
@@ -73,14 +79,41 @@ pub fn decide(
             (_, DeviceState::Idle | DeviceState::Active | DeviceState::NeedsReset) => {
                 Err(Refusal::HasBackend)
             }
+            (_, DeviceState::Passthrough) => Err(Refusal::NoProcess),
         },
         (State::Running, Command::Quiesce { device }) => match find(devices, device)? {
             (index, DeviceState::Idle | DeviceState::Active | DeviceState::NeedsReset) => {
                 Ok(Action::Quiesce(index))
             }
             (_, DeviceState::Lost | DeviceState::Quiesced) => Err(Refusal::HasNoBackend),
+            (_, DeviceState::Passthrough) => Err(Refusal::NoProcess),
         },
+        (
+            State::Running,
+            Command::SetCpus { .. }
+            | Command::SetMemory { .. }
+            | Command::AddDevice { .. }
+            | Command::RemoveDevice { .. },
+        ) => Err(Refusal::NotYet),
         (State::Ending, _) => Err(Refusal::Ending),
+    }
+}
+
+/// How many descriptors come with `command`.
+fn descriptors_of(command: &Command) -> usize {
+    match command {
+        Command::Reconnect { .. } => 1,
+        Command::AddDevice { device } => match device.kind {
+            NewDeviceKind::Virtio { .. } => 1,
+            NewDeviceKind::Vfio { .. } => 3,
+        },
+        Command::Status
+        | Command::Stop
+        | Command::PowerButton
+        | Command::Quiesce { .. }
+        | Command::SetCpus { .. }
+        | Command::SetMemory { .. }
+        | Command::RemoveDevice { .. } => 0,
     }
 }
 
@@ -93,18 +126,21 @@ fn find(devices: &[DeviceStatus], id: &str) -> Result<(usize, DeviceState), Refu
 mod tests {
     use super::*;
 
-    const STATES: [DeviceState; 5] = [
+    const STATES: [DeviceState; 6] = [
         DeviceState::Idle,
         DeviceState::Active,
         DeviceState::NeedsReset,
         DeviceState::Lost,
         DeviceState::Quiesced,
+        DeviceState::Passthrough,
     ];
 
     fn devices() -> Vec<DeviceStatus> {
         let status = |(id, state): (usize, DeviceState)| DeviceStatus {
             id: id.to_string(),
+            address: format!("0000:00:{:02x}.0", id + 1),
             state,
+            leaving: false,
             reconnects: 0,
         };
         STATES.into_iter().enumerate().map(status).collect()
@@ -137,7 +173,10 @@ mod tests {
             let device = || index.to_string();
             let quiesced = decide(&Command::Quiesce { device: device() }, 0);
             let reconnected = decide(&Command::Reconnect { device: device() }, 1);
-            if absent {
+            if state == DeviceState::Passthrough {
+                assert_eq!(quiesced, Err(Refusal::NoProcess));
+                assert_eq!(reconnected, Err(Refusal::NoProcess));
+            } else if absent {
                 assert_eq!(quiesced, Err(Refusal::HasNoBackend), "{state:?}");
                 assert_eq!(reconnected, Ok(Action::Reconnect(index)), "{state:?}");
             } else {

@@ -274,7 +274,9 @@ impl Control {
         Status {
             state: State::Running,
             cpus,
+            max_cpus: cpus,
             memory_bytes,
+            max_memory_bytes: memory_bytes,
             resets: self.vm.resets(),
             timing: self.timing,
             exits: exit::sum(self.vm.vcpus().exit_counts()),

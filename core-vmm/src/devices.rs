@@ -79,6 +79,8 @@ pub enum DevicesError {
 pub struct Devices {
     bus: Arc<PciBus>,
     all: Vec<VirtioDevice>,
+    /// Where the guest finds each, in the same order.
+    addresses: Vec<String>,
 }
 
 /// Connects to all backends and negotiates with them, side by side.
@@ -143,6 +145,7 @@ impl Devices {
         let doorbells = Arc::clone(vm);
         let services = Services { router: Arc::new(MsiRouter::new(irqchip)), doorbells };
         let mut all = Vec::with_capacity(backends.len());
+        let mut addresses = Vec::with_capacity(backends.len());
         for backend in backends {
             let id = backend.kept().config.id.clone();
             let device = VirtioDevice::new(backend, &services)
@@ -152,8 +155,9 @@ impl Devices {
                 .map_err(|source| DevicesError::Slot { id: id.clone(), source })?;
             log::info!("device {id} is in slot {}", slot.number());
             all.push(device);
+            addresses.push(format!("0000:00:{:02x}.0", slot.number()));
         }
-        Ok(Self { bus, all })
+        Ok(Self { bus, all, addresses })
     }
 
     /// Puts the PCI bus where vCPUs find it.
@@ -193,7 +197,7 @@ impl Devices {
 
     /// How each is, in order.
     pub fn statuses(&self) -> impl Iterator<Item = DeviceStatus> {
-        self.all.iter().map(VirtioDevice::status)
+        self.all.iter().zip(&self.addresses).map(|(device, address)| device.status(address))
     }
 
     /// Whether no process that was a backend may still write to the guest's memory.

@@ -69,6 +69,11 @@ impl Notifier {
     /// follows a power-off or reset in the guest's code was never meant to run.
     pub fn raise(&self, event: GuestEvent) {
         self.gate.hold();
+        self.notify(event);
+    }
+
+    /// Tells the control thread; the calling vCPU goes on in the guest meanwhile.
+    pub fn notify(&self, event: GuestEvent) {
         if self.sender.send(event).is_err() {
             log::debug!("an event after the end of the control loop");
         }

@@ -191,7 +191,7 @@ impl Parts {
             pio.insert(serial::PORT.into(), serial::PORTS, port)?;
         }
         let mut mmio = BusBuilder::new();
-        let registers = layout::EVENT_REGISTERS;
+        let registers = layout::EVENT_DEVICE;
         let events = Arc::clone(&self.events);
         mmio.insert(registers.start, registers.end - registers.start, events)?;
         self.devices.register(&mut pio, &mut mmio)?;

@@ -2,8 +2,11 @@
 //!
 //! The supervisor sends requests, each with an id of its choice, and the VMM answers each with the
 //! same id. Unasked it sends [`Event`]s; how a VM ended is its exit code, `exit::VmmExit`. The
-//! supervisor's end of the socket being closed ends the VM. A request that needs a descriptor has
-//! exactly one beside it (`SCM_RIGHTS`); no other datagram has any.
+//! supervisor's end of the socket being closed ends the VM. A request that needs descriptors has
+//! exactly those beside it (`SCM_RIGHTS`); no other datagram has any.
+//!
+//! What takes the guest's part is answered when it has begun: the guest was told. What the guest
+//! makes of it comes as an event, maybe never: a guest need not listen.
 
 use std::collections::BTreeMap;
 
@@ -48,6 +51,70 @@ pub enum Command {
         /// The device's id.
         device: String,
     },
+    /// Have so many vCPUs, from 1 to [`Status::max_cpus`]. [`Outcome::Done`] once the guest was
+    /// told. Those that are added are there from then on, and it is the guest's to use them;
+    /// those that are to go are there until the guest has ejected them ([`Event::CpusChanged`]).
+    SetCpus {
+        /// How many.
+        cpus: u32,
+    },
+    /// Have so much RAM, from what the VM began with to [`Status::max_memory_bytes`], in steps of
+    /// [`MEMORY_STEP_BYTES`]. [`Outcome::Done`] once the guest was told. What is added is there
+    /// from then on; what is to go is there until the guest has ejected it
+    /// ([`Event::MemoryChanged`]).
+    SetMemory {
+        /// RAM in bytes, all together.
+        bytes: u64,
+    },
+    /// Put a device on the bus. [`Outcome::Added`] once the guest was told.
+    AddDevice {
+        /// What and how. How many descriptors come with it, and which, stands at its kind.
+        device: NewDevice,
+    },
+    /// Have the guest give a device up. [`Outcome::Done`] once it was told; the device works until
+    /// the guest has ejected it ([`Event::DeviceRemoved`]) or says that it will not
+    /// ([`Event::DeviceKept`]). A reset of the guest ends the wait: the device is gone then.
+    RemoveDevice {
+        /// The device's id.
+        device: String,
+    },
+}
+
+/// RAM is added and removed in multiples of this: Linux takes no smaller block of memory, and
+/// reports one that is not aligned to it as added although it is of no use.
+pub const MEMORY_STEP_BYTES: u64 = 128 << 20;
+
+/// A device that is to be added.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewDevice {
+    /// The supervisor's name for it, which no other device has.
+    pub id: String,
+    /// What it is.
+    pub kind: NewDeviceKind,
+}
+
+/// What kind of device is to be added.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum NewDeviceKind {
+    /// A virtio device in a process of its own. One descriptor: the backend's connected socket.
+    Virtio {
+        /// The virtio device type (virtio 1.3, chapter 5).
+        device_type: u16,
+        /// How many queues, where the backend does not say.
+        queues: Option<u16>,
+        /// The size of each queue; the VMM has a default.
+        queue_size: Option<u16>,
+        /// The configuration space, where the backend has none to give.
+        config: Option<Vec<u8>>,
+    },
+    /// A device of the host's. Three descriptors, in this order: its VFIO container, its group,
+    /// the device itself; they belong together already.
+    Vfio {
+        /// Its address on the host, such as `0000:01:00.0`; for messages.
+        address: String,
+    },
 }
 
 /// Something that the supervisor did not ask for, but has to know.
@@ -62,6 +129,47 @@ pub enum Event {
         /// What was wrong, for a log.
         reason: String,
     },
+    /// The guest has ejected a device, or was reset while it was to do so. The device is gone, and
+    /// its backend's connection is closed.
+    DeviceRemoved {
+        /// The device's id.
+        device: String,
+    },
+    /// The guest will not eject a device, which stays as it was.
+    DeviceKept {
+        /// The device's id.
+        device: String,
+        /// What the guest said, for a log.
+        reason: String,
+    },
+    /// The guest has ejected vCPUs.
+    CpusChanged {
+        /// How many there are now.
+        cpus: u32,
+    },
+    /// The guest has ejected RAM.
+    MemoryChanged {
+        /// How much there is now, in bytes.
+        bytes: u64,
+    },
+    /// The guest can't use RAM or vCPUs that were added, or will not give up what is to go. What is
+    /// to go stays, and the wait for it has ended.
+    Declined {
+        /// Of what.
+        what: Resource,
+        /// What the guest said, for a log.
+        reason: String,
+    },
+}
+
+/// What a guest has more or less of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Resource {
+    /// vCPUs.
+    Cpus,
+    /// RAM.
+    Memory,
 }
 
 /// Any datagram of the VMM's.
@@ -92,6 +200,11 @@ pub enum Outcome {
     Done,
     /// How the VM is.
     Status(Status),
+    /// A device was added.
+    Added {
+        /// Where the guest finds it, such as `0000:00:05.0`.
+        address: String,
+    },
     /// Not done, and why.
     Refused(String),
 }
@@ -102,10 +215,14 @@ pub enum Outcome {
 pub struct Status {
     /// What its vCPUs do.
     pub state: State,
-    /// How many vCPUs there are.
+    /// How many vCPUs there are, with those that are to go.
     pub cpus: u32,
-    /// RAM in bytes.
+    /// How many there can be.
+    pub max_cpus: u32,
+    /// RAM in bytes, with what is to go.
     pub memory_bytes: u64,
+    /// How much there can be.
+    pub max_memory_bytes: u64,
     /// How often the guest was reset in this process.
     pub resets: u64,
     /// When things happened.
@@ -116,7 +233,7 @@ pub struct Status {
     /// not give it (before Linux 5.14).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kvm: Option<BTreeMap<String, u64>>,
-    /// The virtio devices, in the order of the command line.
+    /// The devices: those of the command line in its order, then those that were added.
     pub devices: Vec<DeviceStatus>,
 }
 
@@ -126,8 +243,12 @@ pub struct Status {
 pub struct DeviceStatus {
     /// Its id.
     pub id: String,
+    /// Where the guest finds it, such as `0000:00:05.0`.
+    pub address: String,
     /// Its frontend's state.
     pub state: DeviceState,
+    /// Whether the guest was asked to eject it.
+    pub leaving: bool,
     /// How many backends came in the place of the first one.
     pub reconnects: u64,
 }
@@ -146,6 +267,8 @@ pub enum DeviceState {
     Quiesced,
     /// The driver has to reset the device before it is of any use.
     NeedsReset,
+    /// A device of the host's; no process of ours serves it.
+    Passthrough,
 }
 
 /// What the vCPUs do.
@@ -221,85 +344,4 @@ pub fn decode<T: DeserializeOwned>(datagram: &[u8]) -> Result<T, MessageError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::proptest;
-
-    use super::*;
-
-    #[test]
-    fn requests_have_the_documented_bytes() {
-        for (command, text) in [
-            (Command::Status, &br#"{"id":7,"command":"status"}"#[..]),
-            (Command::Stop, br#"{"id":7,"command":"stop"}"#),
-            (Command::PowerButton, br#"{"id":7,"command":"power-button"}"#),
-            (
-                Command::Reconnect { device: "root".to_owned() },
-                br#"{"id":7,"command":{"reconnect":{"device":"root"}}}"#,
-            ),
-            (
-                Command::Quiesce { device: "root".to_owned() },
-                br#"{"id":7,"command":{"quiesce":{"device":"root"}}}"#,
-            ),
-        ] {
-            let request = Request { id: 7, command };
-            assert_eq!(encode(&request).unwrap(), text);
-            assert_eq!(decode::<Request>(text).unwrap(), request);
-        }
-    }
-
-    #[test]
-    fn a_status_reply_comes_back_as_it_was() {
-        let status = Status {
-            state: State::Running,
-            cpus: 4,
-            memory_bytes: 1 << 30,
-            resets: 1,
-            timing: Timing { started_ns: 1, first_run_ns: 2 },
-            exits: Exits { pio_reads: 3, ..Exits::default() },
-            kvm: Some(BTreeMap::from([("exits".to_owned(), 7)])),
-            devices: vec![DeviceStatus {
-                id: "root".to_owned(),
-                state: DeviceState::Lost,
-                reconnects: 2,
-            }],
-        };
-        let reply = Told::Reply(Reply { id: 1, outcome: Outcome::Status(status) });
-        assert_eq!(decode::<Told>(&encode(&reply).unwrap()).unwrap(), reply);
-        let refused = Told::Reply(Reply { id: 2, outcome: Outcome::Refused("no".to_owned()) });
-        let text = &br#"{"reply":{"id":2,"outcome":{"refused":"no"}}}"#[..];
-        assert_eq!(encode(&refused).unwrap(), text);
-    }
-
-    #[test]
-    fn an_event_has_the_documented_bytes() {
-        let (device, reason) = ("root".to_owned(), "hung up".to_owned());
-        let event = Told::Event(Event::DeviceLost { device, reason });
-        let text = &br#"{"event":{"device-lost":{"device":"root","reason":"hung up"}}}"#[..];
-        assert_eq!(encode(&event).unwrap(), text);
-        assert_eq!(decode::<Told>(text).unwrap(), event);
-    }
-
-    #[test]
-    fn unknown_and_missing_things_are_refused() {
-        for text in [
-            &br#"{"id":1,"command":"fly"}"#[..],
-            br#"{"id":1,"command":"stop","force":true}"#,
-            br#"{"command":"stop"}"#,
-            br#"{"id":-1,"command":"stop"}"#,
-            br#"{"id":1,"command":"stop"} x"#,
-            b"",
-        ] {
-            assert!(decode::<Request>(text).is_err(), "{}", String::from_utf8_lossy(text));
-        }
-        let long = vec![b' '; MAX_BYTES + 1];
-        assert!(matches!(decode::<Request>(&long), Err(MessageError::TooLong(_))));
-    }
-
-    proptest! {
-        #[test]
-        fn any_datagram_is_decoded_or_refused_without_panic(bytes: Vec<u8>) {
-            decode::<Request>(&bytes).ok();
-            decode::<Told>(&bytes).ok();
-        }
-    }
-}
+mod tests;

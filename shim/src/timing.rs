@@ -152,7 +152,9 @@ mod tests {
         let status = Status {
             state: State::Running,
             cpus: 1,
+            max_cpus: 1,
             memory_bytes: 1,
+            max_memory_bytes: 1,
             resets: 0,
             timing: Timing { started_ns, first_run_ns: started_ns },
             exits: Exits { pio_reads: 3, ..Exits::default() },

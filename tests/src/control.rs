@@ -45,7 +45,7 @@ impl Control {
         match self.ask(command, Some(socket))? {
             Outcome::Done => Ok(()),
             Outcome::Refused(reason) => bail!("{reason}"),
-            Outcome::Status(_) => bail!("a status that was not asked for"),
+            other => bail!("not what was asked for: {other:?}"),
         }
     }
 
@@ -97,9 +97,10 @@ impl Control {
     pub fn lost(&mut self, device: &str) -> Result<String> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let of = |Event::DeviceLost { device: lost, .. }: &Event| lost == device;
-            if let Some(at) = self.events.iter().position(of) {
-                let Event::DeviceLost { reason, .. } = self.events.remove(at);
+            let of = |event: &Event| matches!(event, Event::DeviceLost { device: lost, .. } if lost == device);
+            if let Some(at) = self.events.iter().position(of)
+                && let Event::DeviceLost { reason, .. } = self.events.remove(at)
+            {
                 return Ok(reason);
             }
             match self.hear(deadline)?.with_context(|| format!("{device} is not lost"))? {

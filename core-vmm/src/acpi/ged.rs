@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::{bus::BusDevice, memory::layout};
 
-/// Where the event register stands in [`layout::EVENT_REGISTERS`].
+/// Where the event register stands in [`layout::EVENT_DEVICE`].
 const EVENTS_OFFSET: u64 = 0;
 /// Value of `Notify` on a button that was pressed (ACPI 6.5, table 5.135).
 const BUTTON_PRESSED: u8 = 0x80;
@@ -27,8 +27,14 @@ const BUTTON_PRESSED: u8 = 0x80;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Event {
+    /// A vCPU was added, or is to be ejected.
+    Cpus = 1 << 1,
+    /// RAM was added, or is to be ejected.
+    Memory = 1 << 2,
     /// The power button was pressed.
     PowerButton = 1 << 3,
+    /// A PCI function was added, or is to be ejected.
+    Pci = 1 << 4,
 }
 
 /// The register and the interrupt.
@@ -86,7 +92,7 @@ impl BusDevice for EventDevice {
 
 /// Adds the event device and what it notifies.
 pub(super) fn append(aml: &mut Vec<u8>) {
-    let region_start = layout::EVENT_REGISTERS.start + EVENTS_OFFSET;
+    let region_start = layout::EVENT_DEVICE.start + EVENTS_OFFSET;
     let interrupt = Interrupt::new(true, true, false, false, layout::EVENT_GSI);
     let power_button = Path::new("\\_SB_.PWRB");
     Scope::new(

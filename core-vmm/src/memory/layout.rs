@@ -56,6 +56,14 @@ pub const PCI_WINDOW_32: Range<u64> = 0xc000_0000..0xe800_0000;
 pub const ECAM: Range<u64> = 0xe800_0000..0xe810_0000;
 /// The event device's register and the hotplug registers.
 pub const EVENT_REGISTERS: Range<u64> = 0xe810_0000..0xe810_1000;
+/// In it: the event device's register.
+pub const EVENT_DEVICE: Range<u64> = 0xe810_0000..0xe810_0010;
+/// In it: what adds and removes vCPUs.
+pub const CPU_HOTPLUG: Range<u64> = 0xe810_0100..0xe810_0140;
+/// In it: what adds and removes RAM.
+pub const MEMORY_HOTPLUG: Range<u64> = 0xe810_0200..0xe810_0240;
+/// In it: what adds and removes PCI functions.
+pub const PCI_HOTPLUG: Range<u64> = 0xe810_0300..0xe810_0320;
 /// The I/O APIC's registers, where KVM has them.
 pub const IO_APIC: u32 = 0xfec0_0000;
 /// The local APICs' registers, where KVM has them.
@@ -150,7 +158,11 @@ mod tests {
             0..LOW_RAM_END,
             PCI_WINDOW_32,
             ECAM,
-            EVENT_REGISTERS,
+            EVENT_DEVICE,
+            CPU_HOTPLUG,
+            MEMORY_HOTPLUG,
+            PCI_HOTPLUG,
+            EVENT_REGISTERS.end..EVENT_REGISTERS.end,
             u64::from(IO_APIC)..u64::from(IO_APIC) + 0x1000,
             u64::from(LOCAL_APIC)..u64::from(LOCAL_APIC) + 0x1000,
             KVM_PAGES,

@@ -142,14 +142,20 @@ impl VirtioDevice {
         !self.backend.as_ref().is_some_and(Backend::may_write_unwatched)
     }
 
-    /// How the device is.
+    /// How the device is, which the guest finds at `address`.
     #[must_use]
-    pub fn status(&self) -> DeviceStatus {
+    pub fn status(&self, address: &str) -> DeviceStatus {
         let state = match self.backend.as_ref().map_or(DeviceState::Lost, Backend::state) {
             DeviceState::Idle | DeviceState::Active if self.unusable => DeviceState::NeedsReset,
             state => state,
         };
-        DeviceStatus { id: self.name.clone(), state, reconnects: self.reconnects }
+        DeviceStatus {
+            id: self.name.clone(),
+            address: address.to_owned(),
+            state,
+            leaving: false,
+            reconnects: self.reconnects,
+        }
     }
 
     /// Why the backend was lost, if it was since the last time this was asked.

@@ -139,7 +139,7 @@ fn a_disk_that_dies_at_any_message_of_its_start_loses_nothing() {
             assert!(messages > 15, "{messages} messages can't be all of them");
             break;
         }
-        assert_eq!(guest.device.status().state, DeviceState::Lost);
+        assert_eq!(guest.device.status("").state, DeviceState::Lost);
         program.kill();
         program.restart();
         guest.reconnect(&program.socket).unwrap();
@@ -162,7 +162,7 @@ fn a_disk_that_dies_at_any_message_of_its_first_start_is_replaced_for_good() {
             let mut guest = Guest::new(backend);
             guest.bring_up();
             guest.device.process(&guest.memory);
-            if guest.device.status().state == DeviceState::Active && messages > 20 {
+            if guest.device.status("").state == DeviceState::Active && messages > 20 {
                 break;
             }
             started += 1;
@@ -195,7 +195,7 @@ fn a_ring_that_the_driver_broke_is_mended_by_a_reset_and_keeps_its_backend() {
         request(&mut guest, WRITE, 7, &[round; SECTOR_BYTES]);
         guest.break_ring(0);
         guest.run_until("the driver is told", |guest| guest.status() == 15 | NEEDS_RESET);
-        assert_eq!(guest.device.status().state, DeviceState::NeedsReset);
+        assert_eq!(guest.device.status("").state, DeviceState::NeedsReset);
         assert!(guest.device.is_alive() && guest.is_quiet());
     }
     assert!(guest.device.take_loss().is_none());
@@ -205,7 +205,7 @@ fn a_ring_that_the_driver_broke_is_mended_by_a_reset_and_keeps_its_backend() {
         guest.run_until("it is noticed", |guest| !guest.device.is_alive());
         program.restart();
         guest.reconnect(&program.socket).unwrap();
-        assert_eq!(guest.device.status().state, state);
+        assert_eq!(guest.device.status("").state, state);
         if reset {
             guest.reset();
         }

@@ -19,7 +19,7 @@ fn lose(guest: &mut Guest, backend: Backend) {
 }
 
 fn state(guest: &Guest) -> DeviceState {
-    guest.device.status().state
+    guest.device.status("").state
 }
 
 #[test]
@@ -37,7 +37,7 @@ fn the_guest_sees_nothing_of_a_backend_that_hangs_up_and_another_takes_over() {
         assert!(guest.is_quiet(), "a closed socket does not keep the control loop busy");
         backend = Backend::start(Manner::default());
         guest.reconnect(&backend.socket).unwrap();
-        assert_eq!(guest.device.status().reconnects, round);
+        assert_eq!(guest.device.status("").reconnects, round);
         assert_eq!(guest.request(0, b"alive"), b"ALIVE");
         assert_eq!(guest.request(1, b"all of it"), b"ALL OF IT");
     }

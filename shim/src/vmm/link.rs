@@ -121,7 +121,7 @@ impl Link {
         match self.ask(Command::Status, None, limit).await?.outcome {
             Outcome::Status(status) => Ok(status),
             Outcome::Refused(why) => Err(VmmError::Refused(log_file::printable(&why))),
-            Outcome::Done => Err(VmmError::Refused("no status".to_owned())),
+            Outcome::Done | Outcome::Added { .. } => Err(VmmError::Refused("no status".to_owned())),
         }
     }
 }
@@ -189,6 +189,7 @@ impl Listener {
                     losses.send_replace(Loss { number, reason });
                 }
             }
+            Ok(Told::Event(other)) => log::debug!("nacre-vmm tells: {other:?}"),
             // Once: a VMM that was taken over could say it for ever.
             Err(error) if !self.has_complained => {
                 self.has_complained = true;

@@ -66,8 +66,13 @@ fn disk_survives(rounds: u64, ways: &[Way]) -> Result<()> {
         running.until("requests=")?;
         backend = replace("disk0", backend, &mut control, *way)?;
     }
-    let status =
-        DeviceStatus { id: "disk0".to_owned(), state: DeviceState::Active, reconnects: rounds };
+    let status = DeviceStatus {
+        id: "disk0".to_owned(),
+        address: "0000:00:01.0".to_owned(),
+        state: DeviceState::Active,
+        leaving: false,
+        reconnects: rounds,
+    };
     ensure!(control.status()?.devices == [status]);
     let ended = running.wait()?.passed("blk-storm")?;
     let answered: u64 = ended.value("answered")?.parse()?;

@@ -51,7 +51,9 @@ impl Keeper {
                     return Err(log_file::printable(&why));
                 }
             }
-            Ok(Outcome::Status(_)) => return Err("a status".to_owned()),
+            Ok(Outcome::Status(_) | Outcome::Added { .. }) => {
+                return Err("not what was asked for".to_owned());
+            }
             Err(error) => {
                 log::warn!("{} is not let go of: {}", self.blueprint.name, error_chain(&error));
             }
@@ -149,7 +151,9 @@ impl Keeper {
             Ok(answer) => match answer.outcome {
                 Outcome::Done => return Ok(answer.number),
                 Outcome::Refused(why) => VmmError::Refused(log_file::printable(&why)),
-                Outcome::Status(_) => VmmError::Refused("a status".to_owned()),
+                Outcome::Status(_) | Outcome::Added { .. } => {
+                    VmmError::Refused("not what was asked for".to_owned())
+                }
             },
         };
         // If it died, that is what the VMM has seen.
