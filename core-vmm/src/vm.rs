@@ -39,6 +39,7 @@ use crate::{
     memory::{
         layout,
         region::{self, GuestRam, MemoryError},
+        slots::Slots,
     },
     seccomp::{self, SeccompError},
     statistics::Statistics,
@@ -136,8 +137,9 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
     let address_bits = host.supported.address_bits();
     region::check_size(config.memory_bytes, address_bits)?;
     let kvm = host.create_machine()?;
-    let ram = GuestRam::new(config.memory_bytes)?;
-    ram.register(&kvm.vm)?;
+    let mut ram = GuestRam::new(config.memory_bytes)?;
+    let slots = Slots::of(&kvm.vm);
+    ram.register(&kvm.vm, &slots)?;
     let vcpus = vcpu::create(&host, &kvm.vm, config.cpus)?;
     let statistics = Statistics::open(&kvm.vm, &vcpus);
     let backends = devices::connect(&config.devices, jail::watchdog()?)?;

@@ -19,7 +19,10 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
-use super::layout::{RAM_ALIGN_BYTES, Ram, max_ram_bytes};
+use super::{
+    layout::{RAM_ALIGN_BYTES, Ram, max_ram_bytes},
+    slots::{NoSlot, Slot, Slots},
+};
 use crate::sys;
 
 /// Why there is no guest memory.
@@ -66,6 +69,9 @@ pub enum MemoryError {
     /// The host's mapping of it can't be described.
     #[error("the mapping of guest memory at {0:#x} is unusable")]
     Region(u64),
+    /// KVM has no slot left.
+    #[error(transparent)]
+    NoSlot(#[from] NoSlot),
     /// KVM refused a slot.
     #[error("KVM refuses guest memory of {bytes} bytes at {start:#x}")]
     Slot {
@@ -86,6 +92,8 @@ pub struct GuestRam {
     /// The same for reading and writing it; each region knows its part of the memory file.
     pub memory: GuestMemoryMmap,
     file: Arc<File>,
+    /// KVM's, once it has the memory.
+    slots: Vec<Slot>,
 }
 
 /// Checks a size against what this host and a guest with `address_bits` can have.
@@ -138,21 +146,21 @@ impl GuestRam {
         }
         let memory =
             GuestMemoryMmap::from_regions(regions).map_err(|_error| MemoryError::Region(0))?;
-        Ok(Self { ram, memory, file })
+        Ok(Self { ram, memory, file, slots: Vec::new() })
     }
 
-    /// Gives each region to KVM as a slot, the first as slot 0.
+    /// Gives each region to KVM as a slot.
     ///
     /// # Errors
     ///
     /// Fails if KVM refuses one.
-    pub fn register(&self, vm: &VmFd) -> Result<(), MemoryError> {
-        for (slot, region) in (0..).zip(self.memory.iter()) {
-            sys::set_memory_slot(vm, slot, region).map_err(|source| MemoryError::Slot {
-                start: region.start_addr().0,
-                bytes: region.len(),
-                source,
+    pub fn register(&mut self, vm: &VmFd, slots: &Slots) -> Result<(), MemoryError> {
+        for region in self.memory.iter() {
+            let slot = slots.take()?;
+            sys::set_memory_slot(vm, slot.number(), region).map_err(|source| {
+                MemoryError::Slot { start: region.start_addr().0, bytes: region.len(), source }
             })?;
+            self.slots.push(slot);
         }
         Ok(())
     }
