@@ -21,7 +21,7 @@ const CRATE_GRAPH: &[(&str, &[&str])] = &[
     ("backend-net", &["backend-daemon", "nacre-proto"]),
     ("backend-fs", &["backend-daemon", "nacre-proto"]),
     ("backend-vsock", &["backend-daemon", "nacre-proto"]),
-    ("shim", &["nacre-proto"]),
+    ("shim", &["nacre-proto", "vfio"]),
     ("nacre-agent", &["nacre-proto"]),
     ("nacre-tests", &["nacre-proto"]),
     ("xtask", &[]),
