@@ -11,6 +11,7 @@ use crate::{args::Mode, monotonic::Monotonic, text::chain};
 mod args;
 mod cgroup;
 mod container;
+mod devices;
 mod ids;
 mod init;
 mod journal;

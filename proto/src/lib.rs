@@ -3,6 +3,7 @@
 //! This crate never opens a socket, never logs and knows no policy.
 
 pub mod exit;
+pub mod pci;
 pub mod store;
 pub mod stream;
 pub mod supervisor;
