@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::cache::Cache;
 use crate::guest_image::{GuestImage, busybox_rootfs};
-use crate::host::Host;
+use crate::host::{Host, devices};
 use crate::packages::kernel::Kernel;
 use crate::packages::tree::Tree;
 use crate::programs::Programs;
@@ -56,7 +56,21 @@ pub(crate) fn host_command(cache: &Cache, programs: &Programs) -> Result<Command
     }
     command.arg("--env").arg(format!("NACRE_TOOLS={}", tools.display()));
     command.arg("--env").arg(format!("NACRE_VIRTIOFSD={virtiofsd}"));
+    for (name, value) in passthrough(cache)? {
+        command.arg("--env").arg(format!("{name}={value}"));
+    }
     Ok(command)
+}
+
+/// Which devices tests may give to guests, and what is on the disks among them: the emulated
+/// host's, or those that the user names, about whose content nothing is known.
+fn passthrough(cache: &Cache) -> Result<Vec<(&'static str, String)>> {
+    if Host::is_direct()? {
+        let named = env::var(devices::VARIABLE).ok();
+        return Ok(named.map(|words| (devices::VARIABLE, words)).into_iter().collect());
+    }
+    let disk = devices::disk(cache)?.display().to_string();
+    Ok(vec![(devices::VARIABLE, devices::names()), (devices::DISK_VARIABLE, disk)])
 }
 
 /// A root with fio and its like, and Debian's virtiofsd as words: the emulated host's own, and the

@@ -2,6 +2,7 @@
 //! virtiofsd, which gives the host this machine's file system. Both die with the thread that
 //! started them.
 
+use super::devices;
 use super::initramfs;
 use super::progress::Progress;
 use crate::cache::Cache;
@@ -31,6 +32,8 @@ pub struct Parts {
     kernel: Kernel,
     tree: Tree,
     initramfs: PathBuf,
+    /// What is on the disks that are given to guests.
+    disk: PathBuf,
 }
 
 impl Parts {
@@ -42,13 +45,16 @@ impl Parts {
         let kernel = Kernel::prepare(cache)?;
         let tree = Tree::prepare(cache, &kernel)?;
         let initramfs = initramfs::prepare(cache, &kernel, &tree)?;
-        Ok(Self { kernel, tree, initramfs })
+        let disk = devices::disk(cache)?;
+        Ok(Self { kernel, tree, initramfs, disk })
     }
 
     /// What tells hosts of different parts apart.
     pub fn identity(&self) -> String {
-        let paths = [self.tree.image(), &self.initramfs].map(|path| path.display().to_string());
-        crate::cache::key(&[paths[0].as_bytes(), paths[1].as_bytes()])
+        let paths = [self.tree.image(), &self.initramfs, &self.disk];
+        let mut parts = paths.map(|path| path.display().to_string()).to_vec();
+        parts.push(devices::names());
+        crate::cache::key(&parts.iter().map(String::as_bytes).collect::<Vec<_>>())
     }
 }
 
@@ -159,6 +165,7 @@ fn qemu(parts: &Parts, share: &OwnedFd, port: &UnixStream) -> Result<Command> {
     command.args(["-device", "virtio-serial-pci"]);
     command.args(["-device", &format!("virtserialport,chardev=jobs,name={PORT_NAME}")]);
     command.args(["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="]);
+    devices::add(&mut command, &parts.disk);
     Ok(command)
 }
 
@@ -166,7 +173,7 @@ fn qemu(parts: &Parts, share: &OwnedFd, port: &UnixStream) -> Result<Command> {
 fn kernel_arguments(program: &Path) -> Result<String> {
     let program = program.to_str().filter(|path| !path.contains(['"', '\n']));
     let Some(program) = program else { bail!("the path of this program has odd characters") };
-    Ok(format!("{KERNEL_ARGUMENTS} {TASK_ENV}=\"/host{program}\""))
+    Ok(format!("{KERNEL_ARGUMENTS} {} {TASK_ENV}=\"/host{program}\"", devices::KERNEL_ARGUMENTS))
 }
 
 /// Half of this machine's memory; QEMU takes it only as the host touches it.

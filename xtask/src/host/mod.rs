@@ -12,6 +12,7 @@
 
 mod client;
 pub mod command;
+pub(crate) mod devices;
 mod initramfs;
 pub mod machine;
 pub mod places;
