@@ -26,6 +26,9 @@ pub struct Args {
     /// How much memory: a multiple of 2 MiB, in bytes or with K, M, G or T.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
     memory: u64,
+    /// How much memory there can be by hotplug; the same units. By default none is plugged.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    max_memory: Option<u64>,
     /// A device: id=NAME,(socket=PATH|fd=N),type=blk|net|fs|vsock|NUMBER[,queues=N]
     /// [,queue-size=N][,config=HEX].
     #[arg(long = "vhost-user", value_name = "DEVICE", value_parser = parse_device)]
@@ -91,6 +94,7 @@ impl Args {
             command_line: self.cmdline,
             cpus: self.cpus,
             memory_bytes: self.memory,
+            max_memory_bytes: self.max_memory.unwrap_or(self.memory),
             devices: self.devices,
             serial: self.serial,
             on_reset: self.on_reset,
@@ -205,8 +209,15 @@ mod tests {
     fn a_kernel_alone_is_a_machine() {
         let config = parse(&[]);
         assert_eq!((config.cpus, config.memory_bytes), (1, 512 << 20));
+        assert_eq!(config.max_memory_bytes, 512 << 20);
         assert_eq!(config.serial, SerialConfig::None);
         assert_eq!(config.on_reset, OnReset::Restart);
+    }
+
+    #[test]
+    fn memory_can_become_more_than_there_is_at_first() {
+        let config = parse(&["--memory", "1G", "--max-memory", "4G"]);
+        assert_eq!((config.memory_bytes, config.max_memory_bytes), (1 << 30, 4 << 30));
     }
 
     #[test]

@@ -15,6 +15,8 @@ pub struct Config {
     pub cpus: u32,
     /// RAM in bytes; may still be too much or too little.
     pub memory_bytes: u64,
+    /// RAM in bytes that the VM can have by hotplug, at least `memory_bytes`; may still be too much.
+    pub max_memory_bytes: u64,
     /// Devices in the order of their PCI slots; ids are unique.
     pub devices: Vec<DeviceConfig>,
     /// The serial port.

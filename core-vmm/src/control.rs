@@ -166,6 +166,8 @@ impl Control {
                 GuestEvent::Failed { vcpu, reason } => {
                     return Err(ControlError::Vcpu { vcpu, reason });
                 }
+                // Nothing was plugged.
+                GuestEvent::Memory => {}
                 GuestEvent::Reset if self.on_reset == OnReset::Exit => {
                     return Ok(Some(VmmExit::Reset));
                 }

@@ -21,6 +21,8 @@ pub enum GuestEvent {
     Reset,
     /// The guest's kernel reported a panic.
     Panic,
+    /// The guest gave up RAM, or said what it makes of RAM that comes or goes.
+    Memory,
     /// A vCPU stopped for a reason the guest can't recover from.
     Crash {
         /// Which vCPU.

@@ -80,7 +80,7 @@ impl VmmError {
     pub fn exit(&self) -> VmmExit {
         match self {
             Self::Vm(VmError::Boot(error)) if error.is_about_file() => VmmExit::BootFile,
-            Self::Vm(VmError::Memory(_)) => VmmExit::Memory,
+            Self::Vm(VmError::Memory(_) | VmError::Plan(_)) => VmmExit::Memory,
             Self::Vm(VmError::Devices(_)) => VmmExit::Backend,
             Self::Vm(VmError::Vcpu(VcpuError::TooMany { .. })) => VmmExit::Cpus,
             Self::Vm(VmError::Kvm(_) | VmError::Vcpu(VcpuError::Kvm { .. })) => VmmExit::Kvm,

@@ -20,6 +20,7 @@ use nacre_proto::vmm::DeviceStatus;
 use crate::{
     acpi::{
         ged::EventDevice,
+        memory_hotplug::MemoryHotplug,
         tables::{self, AcpiError, Machine},
     },
     boot::{BootError, BootSource},
@@ -37,6 +38,7 @@ use crate::{
         serial,
     },
     memory::{
+        hotplug::{Plan, PlanError},
         layout,
         region::{self, GuestRam, MemoryError},
         slots::Slots,
@@ -64,6 +66,9 @@ pub enum VmError {
     /// Guest memory.
     #[error("no guest memory")]
     Memory(#[from] MemoryError),
+    /// Guest memory to come.
+    #[error("no place for memory to plug")]
+    Plan(#[from] PlanError),
     /// Kernel, initramfs, command line.
     #[error("can't boot")]
     Boot(#[from] BootError),
@@ -98,6 +103,8 @@ pub struct Parts {
     devices: Devices,
     /// The event device.
     pub events: Arc<EventDevice>,
+    /// By which the guest finds RAM that comes, and gives up RAM that is to go.
+    pub memory_hotplug: Arc<MemoryHotplug>,
     /// The serial port, if there is one.
     pub console: Option<Console>,
     /// What vCPUs tell.
@@ -135,9 +142,11 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
     let boot = BootSource::open(&config.kernel, config.initramfs.as_deref(), &config.command_line)?;
     let host = kvm::Host::open()?;
     let address_bits = host.supported.address_bits();
-    region::check_size(config.memory_bytes, address_bits)?;
+    region::check_size("--memory", config.memory_bytes, address_bits)?;
+    region::check_size("--max-memory", config.max_memory_bytes, address_bits)?;
     let kvm = host.create_machine()?;
     let mut ram = GuestRam::new(config.memory_bytes)?;
+    let memory = Plan::new(&ram.ram, config.max_memory_bytes, address_bits)?;
     let slots = Slots::of(&kvm.vm);
     ram.register(&kvm.vm, &slots)?;
     let vcpus = vcpu::create(&host, &kvm.vm, config.cpus)?;
@@ -150,12 +159,13 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
     let events = Arc::new(EventDevice::new().map_err(unavailable("the event device"))?);
     let console = Console::open(&config.serial).map_err(unavailable("the serial port"))?;
     let parts = Parts {
-        machine: Machine { cpus: config.cpus, address_bits, has_serial: console.is_some() },
+        machine: Machine { cpus: config.cpus, address_bits, has_serial: console.is_some(), memory },
         kvm,
         ram,
         boot,
         devices,
         events,
+        memory_hotplug: Arc::new(MemoryHotplug::new(memory.units(), Arc::clone(&notifier))),
         console,
         mailbox,
         statistics,
@@ -196,6 +206,9 @@ impl Parts {
         let registers = layout::EVENT_DEVICE;
         let events = Arc::clone(&self.events);
         mmio.insert(registers.start, registers.end - registers.start, events)?;
+        let registers = layout::MEMORY_HOTPLUG;
+        let memory = Arc::clone(&self.memory_hotplug);
+        mmio.insert(registers.start, registers.end - registers.start, memory)?;
         self.devices.register(&mut pio, &mut mmio)?;
         Ok(Buses { pio: pio.into_pio(), mmio: mmio.into_mmio() })
     }
@@ -229,6 +242,7 @@ impl Vm {
         self.parts.mailbox.clear();
         self.parts.devices.reset();
         self.parts.events.reset();
+        self.parts.memory_hotplug.reset();
     }
 
     /// Whether nobody writes to the guest's memory that could not be stopped: a reset may end.

@@ -10,7 +10,7 @@ use acpi_tables::{
 };
 
 use super::{
-    ged,
+    ged, memory_hotplug,
     tables::{Machine, OEM_ID, OEM_REVISION, OEM_TABLE_ID},
 };
 use crate::{
@@ -31,6 +31,7 @@ pub(super) fn table(machine: &Machine) -> Sdt {
     Name::new(Path::new("_S5_"), &Package::new(vec![&sleep_5, &sleep_5])).to_aml_bytes(&mut aml);
     scope(&mut aml, &[&host_bridge(machine)]);
     ged::append(&mut aml);
+    memory_hotplug::append(&mut aml, &machine.memory);
     if machine.has_serial {
         legacy(&mut aml, "COM1", Legacy::Serial);
     }

@@ -10,8 +10,8 @@ use acpi_tables::{
     Aml,
     aml::{
         And, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule,
-        FieldUpdateRule, If, Interrupt, Local, Method, Name, Notify, OpRegion, OpRegionSpace, Path,
-        ResourceTemplate, Scope, Store,
+        FieldUpdateRule, If, Interrupt, Local, Method, MethodCall, Name, Notify, OpRegion,
+        OpRegionSpace, Path, ResourceTemplate, Scope, Store,
     },
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -95,6 +95,7 @@ pub(super) fn append(aml: &mut Vec<u8>) {
     let region_start = layout::EVENT_DEVICE.start + EVENTS_OFFSET;
     let interrupt = Interrupt::new(true, true, false, false, layout::EVENT_GSI);
     let power_button = Path::new("\\_SB_.PWRB");
+    let scan_memory = MethodCall::new(Path::new("\\_SB_.MEMH.MSCN"), vec![]);
     Scope::new(
         Path::new("_SB_"),
         vec![
@@ -135,6 +136,8 @@ pub(super) fn append(aml: &mut Vec<u8>) {
                                 &Equal::new(&Local(1), &(Event::PowerButton as u8)),
                                 vec![&Notify::new(&power_button, &BUTTON_PRESSED)],
                             ),
+                            &And::new(&Local(1), &Local(0), &(Event::Memory as u8)),
+                            &If::new(&Local(1), vec![&scan_memory]),
                         ],
                     ),
                 ],

@@ -3,4 +3,5 @@
 
 pub mod dsdt;
 pub mod ged;
+pub mod memory_hotplug;
 pub mod tables;

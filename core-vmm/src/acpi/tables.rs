@@ -12,7 +12,10 @@ use acpi_tables::{
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use super::dsdt;
-use crate::{legacy::power, memory::layout};
+use crate::{
+    legacy::power,
+    memory::{hotplug::Plan, layout},
+};
 
 pub(super) const OEM_ID: [u8; 6] = *b"NACRE ";
 pub(super) const OEM_TABLE_ID: [u8; 8] = *b"NACREVMM";
@@ -34,6 +37,8 @@ pub struct Machine {
     pub address_bits: u32,
     /// Whether there is a serial port.
     pub has_serial: bool,
+    /// The RAM that can be plugged.
+    pub memory: Plan,
 }
 
 /// Why the tables are not in memory.
@@ -133,9 +138,11 @@ fn mcfg() -> MCFG {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::layout::Ram;
 
     fn machine(cpus: u32) -> Machine {
-        Machine { cpus, address_bits: 40, has_serial: true }
+        let memory = Plan::new(&Ram::of(1 << 30), 1 << 35, 40).unwrap();
+        Machine { cpus, address_bits: 40, has_serial: true, memory }
     }
 
     fn u64_at(bytes: &[u8], offset: usize) -> u64 {

@@ -32,13 +32,20 @@ pub enum MemoryError {
     #[error("a guest needs memory: --memory is 0")]
     Zero,
     /// Not a multiple of 2 MiB.
-    #[error("--memory of {0} bytes is no multiple of 2 MiB")]
-    Unaligned(u64),
+    #[error("{option} of {bytes} bytes is no multiple of 2 MiB")]
+    Unaligned {
+        /// What was asked for.
+        option: &'static str,
+        /// As asked.
+        bytes: u64,
+    },
     /// More than the host could ever back.
     #[error(
-        "--memory of {bytes} bytes is more than the host's memory and swap of {host_bytes} bytes"
+        "{option} of {bytes} bytes is more than the host's memory and swap of {host_bytes} bytes"
     )]
     BeyondHost {
+        /// What was asked for.
+        option: &'static str,
         /// As asked.
         bytes: u64,
         /// As the host has.
@@ -46,9 +53,11 @@ pub enum MemoryError {
     },
     /// More than the guest can address.
     #[error(
-        "--memory of {bytes} bytes is more than the {max_bytes} bytes that a guest with {address_bits} address bits can have"
+        "{option} of {bytes} bytes is more than the {max_bytes} bytes that a guest with {address_bits} address bits can have"
     )]
     BeyondWidth {
+        /// What was asked for.
+        option: &'static str,
         /// As asked.
         bytes: u64,
         /// The most.
@@ -96,27 +105,32 @@ pub struct GuestRam {
     slots: Vec<Slot>,
 }
 
-/// Checks a size against what this host and a guest with `address_bits` can have.
+/// Checks the size that `option` of the command line gives against what this host and a guest with
+/// `address_bits` can have.
 ///
 /// # Errors
 ///
 /// Fails with the limit that the size breaks.
-pub fn check_size(bytes: u64, address_bits: u32) -> Result<(), MemoryError> {
+pub fn check_size(option: &'static str, bytes: u64, address_bits: u32) -> Result<(), MemoryError> {
     let info = sysinfo();
     let host_bytes = u64::from(info.mem_unit).saturating_mul(info.totalram + info.totalswap);
-    check_size_against(bytes, host_bytes, address_bits)
+    check_size_against(option, bytes, (host_bytes, address_bits))
 }
 
-fn check_size_against(bytes: u64, host_bytes: u64, address_bits: u32) -> Result<(), MemoryError> {
+fn check_size_against(
+    option: &'static str,
+    bytes: u64,
+    (host_bytes, address_bits): (u64, u32),
+) -> Result<(), MemoryError> {
     let max_bytes = max_ram_bytes(address_bits);
     if bytes == 0 {
         Err(MemoryError::Zero)
     } else if !bytes.is_multiple_of(RAM_ALIGN_BYTES) {
-        Err(MemoryError::Unaligned(bytes))
+        Err(MemoryError::Unaligned { option, bytes })
     } else if bytes > max_bytes {
-        Err(MemoryError::BeyondWidth { bytes, max_bytes, address_bits })
+        Err(MemoryError::BeyondWidth { option, bytes, max_bytes, address_bits })
     } else if bytes > host_bytes {
-        Err(MemoryError::BeyondHost { bytes, host_bytes })
+        Err(MemoryError::BeyondHost { option, bytes, host_bytes })
     } else {
         Ok(())
     }
@@ -210,9 +224,9 @@ mod tests {
 
     #[test]
     fn sizes_that_make_no_sense_are_refused_with_their_limit() {
-        let check = |bytes| check_size_against(bytes, 16 * GIB, 36);
+        let check = |bytes| check_size_against("--memory", bytes, (16 * GIB, 36));
         assert!(matches!(check(0), Err(MemoryError::Zero)));
-        assert!(matches!(check(MIB), Err(MemoryError::Unaligned(MIB))));
+        assert!(matches!(check(MIB), Err(MemoryError::Unaligned { bytes: MIB, .. })));
         assert!(matches!(check(17 * GIB), Err(MemoryError::BeyondHost { .. })));
         assert!(matches!(check(60 * GIB), Err(MemoryError::BeyondWidth { .. })));
         assert!(check(16 * GIB).is_ok());
