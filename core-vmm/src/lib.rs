@@ -18,6 +18,7 @@ pub mod console;
 pub mod control;
 pub mod devices;
 pub mod event;
+pub mod hotplug;
 pub mod interrupt;
 pub mod jail;
 pub mod kvm;

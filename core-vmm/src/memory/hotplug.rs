@@ -137,17 +137,19 @@ impl Plan {
     }
 
     /// What makes the RAM with the units `present`, oldest first, into `bytes`, which are a whole
-    /// number of units more than boot RAM and no more than the most.
+    /// number of units more than boot RAM and no more than the most. Units that are `held` can't
+    /// come; it may be that fewer come than it takes.
     ///
     /// The newest go first: what a guest has used for longer is harder to give back.
     #[must_use]
-    pub fn change(&self, present: &[u32], bytes: u64) -> Change {
+    pub fn change(&self, present: &[u32], held: &[u32], bytes: u64) -> Change {
         let wanted = bytes.saturating_sub(self.boot_bytes) / self.unit_bytes;
         let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
         if wanted < present.len() {
             return Change::Unplug(present[wanted..].iter().rev().copied().collect());
         }
-        let absent = (0..self.units).filter(|unit| !present.contains(unit));
+        let is_absent = |unit: &u32| !present.contains(unit) && !held.contains(unit);
+        let absent = (0..self.units).filter(is_absent);
         Change::Plug(absent.take(wanted - present.len()).collect())
     }
 }
@@ -232,9 +234,10 @@ mod tests {
     fn the_newest_unit_goes_first_and_the_lowest_comes_first() {
         let plan = plan(256 * MIB, GIB);
         let with = |units| plan.bytes_with(units);
-        assert_eq!(plan.change(&[0, 2, 1], with(1)), Change::Unplug(vec![1, 2]));
-        assert_eq!(plan.change(&[0, 2], with(4)), Change::Plug(vec![1, 3]));
-        assert_eq!(plan.change(&[5], with(1)), Change::Plug(vec![]));
+        assert_eq!(plan.change(&[0, 2, 1], &[], with(1)), Change::Unplug(vec![1, 2]));
+        assert_eq!(plan.change(&[0, 2], &[], with(4)), Change::Plug(vec![1, 3]));
+        assert_eq!(plan.change(&[0, 2], &[1], with(4)), Change::Plug(vec![3, 4]));
+        assert_eq!(plan.change(&[5], &[], with(1)), Change::Plug(vec![]));
     }
 
     proptest! {
@@ -247,7 +250,7 @@ mod tests {
             let present: Vec<_> =
                 (0..plan.units()).filter(|unit| *unit < 64 && present >> unit & 1 == 1).collect();
             let wanted = usize::try_from(wanted % (plan.units() + 1)).unwrap();
-            let after = match plan.change(&present, plan.bytes_with(wanted)) {
+            let after = match plan.change(&present, &[], plan.bytes_with(wanted)) {
                 Change::Plug(units) => {
                     prop_assert!(units.iter().all(|unit| !present.contains(unit)));
                     present.len() + units.len()

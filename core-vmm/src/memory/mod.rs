@@ -4,3 +4,5 @@ pub mod hotplug;
 pub mod layout;
 pub mod region;
 pub mod slots;
+mod sys;
+pub mod unit;

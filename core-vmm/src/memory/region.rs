@@ -179,13 +179,32 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Makes all of it zero again and gives the host's pages back, for a reset.
+    /// Adds memory that was plugged.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it is where other memory is.
+    pub fn add(&mut self, region: &Arc<GuestRegionMmap>) -> Result<(), MemoryError> {
+        let start = region.start_addr().0;
+        let more = self.memory.insert_region(Arc::clone(region));
+        self.memory = more.map_err(|_error| MemoryError::Region(start))?;
+        Ok(())
+    }
+
+    /// Takes memory away that was added.
+    pub fn remove(&mut self, region: &GuestRegionMmap) {
+        if let Ok((rest, _region)) = self.memory.remove_region(region.start_addr(), region.len()) {
+            self.memory = rest;
+        }
+    }
+
+    /// Makes all that was not added zero again and gives the host's pages back, for a reset.
     ///
     /// # Errors
     ///
     /// Fails if the host can't punch a hole into the memory file.
     pub fn wipe(&self) -> Result<(), MemoryError> {
-        let bytes = self.memory.iter().map(GuestMemoryRegion::len).sum();
+        let bytes = self.ram.ranges().map(|range| range.end - range.start).sum();
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&self.file, hole, 0, bytes).map_err(|error| MemoryError::File {
             action: "clear",
@@ -196,7 +215,7 @@ impl GuestRam {
 }
 
 /// A memory file of `bytes` that nobody can resize.
-fn memory_file(bytes: u64) -> io::Result<File> {
+pub(super) fn memory_file(bytes: u64) -> io::Result<File> {
     let fd = memfd_create(
         "nacre-guest-memory",
         MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::NOEXEC_SEAL,

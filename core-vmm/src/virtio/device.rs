@@ -20,6 +20,7 @@
 
 mod backend;
 mod handover;
+mod memory;
 
 use std::fmt;
 use std::io;

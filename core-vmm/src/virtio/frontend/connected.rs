@@ -10,6 +10,7 @@ use super::DeviceConfig;
 use super::configuration::Configuration;
 use super::kept::Kept;
 use super::link::{FrontendError, Link};
+use super::memory::BASELINE_REGIONS;
 use super::session::Negotiated;
 use crate::virtio::bar_layout::{MAX_CONFIG_LEN_BYTES, MAX_QUEUES};
 use crate::virtio::features::{PROTOCOL_FEATURES, VERSION_1};
@@ -32,6 +33,8 @@ pub(super) struct Offer {
     pub(super) protocol: VhostUserProtocolFeatures,
     /// How many queues it says it has, if it can say.
     pub(super) queues: Option<u64>,
+    /// How many regions of memory it takes.
+    pub(super) regions: usize,
 }
 
 /// The protocol features that we have a use for.
@@ -83,8 +86,7 @@ impl Connected {
             return Err(FrontendError::NoVersion1 { features: offer.features });
         }
         let queues = self.queue_count(offer.queues)?;
-        let features = (offer.features, offer.protocol);
-        let mut kept = Kept::new(self.config, features, queues, self.watchdog)?;
+        let mut kept = Kept::new(self.config, &offer, queues, self.watchdog)?;
         if let Some(config) = read_config(&mut self.link, &kept, deadline)? {
             kept.configuration = Configuration::new(config);
         }
@@ -111,8 +113,8 @@ impl Offer {
     ) -> vhost::Result<Self> {
         frontend.set_owner()?;
         let features = frontend.get_features()?;
-        let mut offer =
-            Self { features, protocol: VhostUserProtocolFeatures::empty(), queues: None };
+        let protocol = VhostUserProtocolFeatures::empty();
+        let mut offer = Self { features, protocol, queues: None, regions: BASELINE_REGIONS };
         if features & PROTOCOL_FEATURES == 0 {
             return Ok(offer);
         }
@@ -120,6 +122,10 @@ impl Offer {
         frontend.set_protocol_features(offer.protocol)?;
         if ask_queues && offer.protocol.contains(VhostUserProtocolFeatures::MQ) {
             offer.queues = Some(frontend.get_queue_num()?);
+        }
+        if offer.protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+            let slots = frontend.get_max_mem_slots()?;
+            offer.regions = usize::try_from(slots).unwrap_or(usize::MAX);
         }
         Ok(offer)
     }

@@ -6,6 +6,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::base::Base;
 use super::configuration::Configuration;
+use super::connected::Offer;
 use super::inflight::InflightRegion;
 use super::{DeviceConfig, FrontendError};
 use crate::virtio::features;
@@ -26,8 +27,10 @@ pub struct Kept {
     pub acknowledged: u64,
     /// One for each queue.
     pub vrings: Vec<Vring>,
-    /// The memory that the backend has mapped.
+    /// The memory that the backend was told of; nothing before its first driver.
     pub memory: Vec<VhostUserMemoryRegionInfo>,
+    /// How many regions of memory the backend takes.
+    pub max_regions: usize,
     /// Where the backend marks what is in flight: this driver's, if the backend can.
     pub inflight: Option<InflightRegion>,
     /// The backend's end of it signals errors of any ring.
@@ -52,7 +55,7 @@ pub struct Vring {
 impl Kept {
     pub(super) fn new(
         config: DeviceConfig,
-        (backend_features, protocol_features): (u64, VhostUserProtocolFeatures),
+        offer: &Offer,
         queues: u16,
         watchdog: Watchdog,
     ) -> Result<Self, FrontendError> {
@@ -60,11 +63,12 @@ impl Kept {
         Ok(Self {
             configuration: Configuration::new(config.config_bytes.clone().unwrap_or_default()),
             config,
-            backend_features,
-            protocol_features,
+            backend_features: offer.features,
+            protocol_features: offer.protocol,
             acknowledged: 0,
             vrings,
             memory: Vec::new(),
+            max_regions: offer.regions,
             inflight: None,
             error_event: event()?,
             watchdog,

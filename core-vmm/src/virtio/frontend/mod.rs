@@ -25,6 +25,7 @@
 mod base;
 mod configuration;
 mod connected;
+mod follow;
 mod inflight;
 mod kept;
 mod link;

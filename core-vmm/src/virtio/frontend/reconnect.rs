@@ -11,7 +11,7 @@
 
 use std::os::unix::net::UnixStream;
 
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemory, GuestMemoryMmap};
 
 use super::base::{self, BaseUnknown};
 use super::configuration::ConfigDiffers;
@@ -85,6 +85,14 @@ pub enum ReconnectError {
         /// As the backend says.
         offered: u64,
     },
+    /// The guest has more memory.
+    #[error("the guest's memory has {wanted} regions, the new backend takes {offered}")]
+    Regions {
+        /// As there are.
+        wanted: usize,
+        /// As the backend says.
+        offered: usize,
+    },
     /// It is another device.
     #[error("the new backend is of another device")]
     Config(#[from] ConfigDiffers),
@@ -155,12 +163,15 @@ impl Absent {
         deadline: Deadline,
     ) -> Result<Reconnected, Refused> {
         let kept = &mut *self.kept;
+        // This one knows of none yet.
+        kept.memory.clear();
         let queues = kept.config.queues.unwrap_or(MAX_QUEUES);
         let mut link = match Link::new(socket, queues, &kept.watchdog) {
             Ok(link) => link,
             Err(error) => return Err(Refused { absent: self, error: error.into() }),
         };
-        if let Err(error) = compare(&mut link, kept, deadline) {
+        let regions = memory.num_regions();
+        if let Err(error) = compare(&mut link, kept, regions, deadline) {
             return Err(Refused { absent: self, error });
         }
         if !(serve && kept.has_driver()) {
@@ -178,7 +189,12 @@ impl Absent {
 }
 
 /// Whether the new backend is as the guest knows the device.
-fn compare(link: &mut Link, kept: &mut Kept, deadline: Deadline) -> Result<(), ReconnectError> {
+fn compare(
+    link: &mut Link,
+    kept: &mut Kept,
+    regions: usize,
+    deadline: Deadline,
+) -> Result<(), ReconnectError> {
     let agreed = kept.protocol_features;
     let ask_queues = kept.config.queues.is_none();
     let offer = link.converse("say what it offers", deadline, |frontend| {
@@ -198,6 +214,10 @@ fn compare(link: &mut Link, kept: &mut Kept, deadline: Deadline) -> Result<(), R
     if let Some(offered) = offer.queues.filter(|offered| *offered < wanted as u64) {
         return Err(ReconnectError::Queues { wanted, offered });
     }
+    if offer.regions < regions {
+        return Err(ReconnectError::Regions { wanted: regions, offered: offer.regions });
+    }
+    kept.max_regions = offer.regions;
     if let Some(theirs) = read_config(link, kept, deadline)? {
         let repeat = kept.configuration.to_repeat(&theirs)?;
         let theirs = if repeat.is_empty() {

@@ -91,7 +91,7 @@ fn enabled(kept: &Kept) -> impl Iterator<Item = (usize, &Vring)> {
 }
 
 /// Returns when the backend has taken every message before it. Any request with a reply does.
-fn barrier(frontend: &Frontend) -> vhost::Result<()> {
+pub(super) fn barrier(frontend: &Frontend) -> vhost::Result<()> {
     frontend.get_features()?;
     Ok(())
 }
@@ -108,7 +108,8 @@ fn addresses(size: u16, host: &HostLayout) -> VringConfigData {
     }
 }
 
-fn set_memory(frontend: &mut Frontend, kept: &Kept) -> vhost::Result<()> {
+/// Tells the whole of the guest's memory.
+pub(super) fn set_memory(frontend: &mut Frontend, kept: &Kept) -> vhost::Result<()> {
     let (baseline, more) =
         kept.memory.split_at_checked(BASELINE_REGIONS).unwrap_or((&kept.memory, &[]));
     // The one message whose refusal is worth a word of its own: the backend may not be able to map
@@ -121,7 +122,7 @@ fn set_memory(frontend: &mut Frontend, kept: &Kept) -> vhost::Result<()> {
 }
 
 /// Sends a message and waits for its acknowledgement, where the backend gives any.
-fn acknowledged(
+pub(super) fn acknowledged(
     frontend: &mut Frontend,
     kept: &Kept,
     send: impl FnOnce(&mut Frontend) -> vhost::Result<()>,

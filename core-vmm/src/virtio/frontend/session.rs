@@ -77,6 +77,11 @@ impl<S> Session<S> {
         Self { link, kept, stage: PhantomData }
     }
 
+    /// The connection, and what outlives it.
+    pub(super) fn parts(&mut self) -> (&mut Link, &mut Kept) {
+        (&mut self.link, &mut self.kept)
+    }
+
     /// What outlives the connection.
     #[must_use]
     pub fn kept(&self) -> &Kept {
