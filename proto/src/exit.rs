@@ -120,8 +120,30 @@ pub enum DeviceExit {
     FellBack = 1,
     /// The device is not served; its supervisor goes on trying.
     NotBack = 2,
+    /// The guest does not give the device up.
+    Kept = 3,
+    /// The guest was asked to give the device up, and has not answered yet.
+    Leaving = 4,
     /// Nothing was done.
     Refused = 125,
+}
+
+/// Exit codes of `nacre resize`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum ResizeExit {
+    /// As asked.
+    Done = 0,
+    /// The guest has, or uses, less than was asked for, or kept more.
+    Partly = 1,
+    /// Nothing was done.
+    Refused = 125,
+}
+
+impl From<ResizeExit> for u8 {
+    fn from(exit: ResizeExit) -> Self {
+        exit as Self
+    }
 }
 
 impl From<VmmExit> for u8 {

@@ -15,6 +15,7 @@
     unreachable_pub,
     clippy::allow_attributes_without_reason,
     clippy::unwrap_used,
+    clippy::panic,
     clippy::needless_pass_by_value,
     clippy::semicolon_if_nothing_returned,
     clippy::str_to_string,

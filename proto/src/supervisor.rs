@@ -19,6 +19,51 @@ pub enum Request {
         /// processes are then started from it, too.
         program: Option<String>,
     },
+    /// Give the guest more or fewer processors, more or less memory. What is not named stays.
+    Resize {
+        /// How many processors.
+        cpus: Option<u32>,
+        /// How much memory, all together.
+        memory_bytes: Option<u64>,
+    },
+    /// Give the running sandbox another device.
+    AddDevice(NewDevice),
+    /// Take a device from the running sandbox.
+    RemoveDevice {
+        /// The device's id.
+        device: String,
+    },
+}
+
+/// A device that a sandbox is to be given. Paths are absolute.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum NewDevice {
+    /// A raw image or a block device.
+    Disk {
+        /// On the host.
+        path: String,
+        /// Whether it may only be read.
+        read_only: bool,
+    },
+    /// A folder.
+    Share {
+        /// On the host.
+        path: String,
+        /// In the container.
+        guest: String,
+        /// Whether it may only be read.
+        read_only: bool,
+    },
+    /// A network interface with an address of its own.
+    Network,
+    /// A device of the host's.
+    Vfio {
+        /// Its address on the host, such as `0000:01:00.0`.
+        address: String,
+        /// Whether it may be taken from the driver that it has now.
+        bind: bool,
+    },
 }
 
 /// From the supervisor.
@@ -32,12 +77,50 @@ pub enum Answer {
         /// How long the device had none, in milliseconds.
         unserved_ms: u64,
     },
+    /// The guest has what was asked for, and uses it.
+    Resized(Resources),
+    /// The guest has, or uses, less than was asked for, or kept more.
+    PartlyResized {
+        /// What it has now.
+        now: Resources,
+        /// Why it is not as asked.
+        why: String,
+    },
+    /// The container has the device.
+    Added {
+        /// The device's id.
+        device: String,
+        /// Where it is on the guest's PCI bus.
+        address: String,
+        /// What the container knows it by: paths, or names of interfaces.
+        places: Vec<String>,
+    },
+    /// The device is gone, with its process and what the host had for it.
+    Removed,
+    /// The guest does not give the device up, and why; it is as it was.
+    Kept(String),
+    /// The device was to go and it is not known whether it will, and why.
+    Leaving(String),
     /// Nothing was done, and why.
     Refused(String),
     /// The new program does not serve, and why; the old one does again.
     FellBack(String),
     /// The device has no process that serves, and why; the supervisor goes on trying.
     NotBack(String),
+}
+
+/// What a guest has of processors and memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resources {
+    /// Processors.
+    pub cpus: u32,
+    /// How many there can be.
+    pub max_cpus: u32,
+    /// Memory, in bytes.
+    pub memory_bytes: u64,
+    /// How much there can be.
+    pub max_memory_bytes: u64,
 }
 
 /// A device.
@@ -58,6 +141,10 @@ pub struct Device {
     pub restarts: u64,
     /// Whether the device outlives its process.
     pub restartable: bool,
+    /// Where it is on the guest's PCI bus, if the VMM tells.
+    pub address: Option<String>,
+    /// Whether the guest was asked to let go of it.
+    pub leaving: bool,
 }
 
 /// How a device is, as its supervisor sees it.
@@ -95,6 +182,19 @@ mod tests {
                 Request::ReplaceDevice { device: device(), program },
                 br#"{"replace-device":{"device":"disk-0","program":"/new"}}"#,
             ),
+            (
+                Request::Resize { cpus: Some(2), memory_bytes: None },
+                br#"{"resize":{"cpus":2,"memory_bytes":null}}"#,
+            ),
+            (
+                Request::AddDevice(NewDevice::Disk { path: "/d".to_owned(), read_only: true }),
+                br#"{"add-device":{"disk":{"path":"/d","read_only":true}}}"#,
+            ),
+            (Request::AddDevice(NewDevice::Network), br#"{"add-device":"network"}"#),
+            (
+                Request::RemoveDevice { device: device() },
+                br#"{"remove-device":{"device":"disk-0"}}"#,
+            ),
         ] {
             assert_eq!(encode(&request).unwrap(), text);
             assert_eq!(decode::<Request>(text).unwrap(), request);
@@ -111,15 +211,33 @@ mod tests {
             program: "/nacre-blk".to_owned(),
             restarts: 2,
             restartable: true,
+            address: Some("0000:00:05.0".to_owned()),
+            leaving: false,
         };
+        let now = Resources { cpus: 2, max_cpus: 4, memory_bytes: 5, max_memory_bytes: 6 };
         let list = concat!(
             r#"{"devices":[{"id":"disk-0","kind":"blk","state":"serving","pid":7,"#,
-            r#""program":"/nacre-blk","restarts":2,"restartable":true}]}"#
+            r#""program":"/nacre-blk","restarts":2,"restartable":true,"#,
+            r#""address":"0000:00:05.0","leaving":false}]}"#
         );
+        let partly = concat!(
+            r#"{"partly-resized":{"now":{"cpus":2,"max_cpus":4,"memory_bytes":5,"#,
+            r#""max_memory_bytes":6},"why":"why"}}"#
+        );
+        let added = Answer::Added {
+            device: "net".to_owned(),
+            address: "0000:00:05.0".to_owned(),
+            places: vec!["eth0".to_owned()],
+        };
         let why = || "why".to_owned();
         for (answer, text) in [
             (Answer::Devices(vec![device]), list),
             (Answer::Replaced { unserved_ms: 12 }, r#"{"replaced":{"unserved_ms":12}}"#),
+            (Answer::PartlyResized { now, why: why() }, partly),
+            (added, r#"{"added":{"device":"net","address":"0000:00:05.0","places":["eth0"]}}"#),
+            (Answer::Removed, r#""removed""#),
+            (Answer::Kept(why()), r#"{"kept":"why"}"#),
+            (Answer::Leaving(why()), r#"{"leaving":"why"}"#),
             (Answer::Refused(why()), r#"{"refused":"why"}"#),
             (Answer::FellBack(why()), r#"{"fell-back":"why"}"#),
             (Answer::NotBack(why()), r#"{"not-back":"why"}"#),

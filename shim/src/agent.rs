@@ -9,8 +9,9 @@ use std::{
 use nacre_proto::{
     AGENT_MAJOR, AGENT_MINOR, AGENT_PORT,
     agent::{
-        ConfigureSandboxRequest, CreateContainerRequest, ExecRequest, HelloRequest, ProcessRequest,
-        ResizeTerminalRequest, ShutdownRequest, SignalRequest, UnwrittenRequest,
+        ConfigureSandboxRequest, CreateContainerRequest, DeviceRequest, ExecRequest, HelloRequest,
+        ProcessRequest, ResizeTerminalRequest, ShutdownRequest, SignalRequest, UnwrittenRequest,
+        UseResourcesRequest,
     },
     agent_ttrpc::AgentClient,
 };
@@ -28,6 +29,12 @@ use crate::{
 
 /// How long one attempt to reach the agent may take.
 const ATTEMPT: Duration = Duration::from_secs(10);
+/// How much longer an answer may take than the work that it is about.
+const ANSWER: Duration = Duration::from_secs(10);
+/// How long the agent may take to give a container a device, or to take it away.
+const DEVICE: Duration = Duration::from_secs(60);
+/// How many names of one device are taken from the agent.
+const MOST_NAMES: usize = 64;
 
 /// Why the agent did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +84,15 @@ pub struct ProcessEnd {
     pub code: u8,
     /// The guest's out-of-memory killer struck in its container.
     pub out_of_memory: bool,
+}
+
+/// What a guest uses, by the agent's word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Used {
+    /// Processors that are online.
+    pub online_cpus: u32,
+    /// Memory that the kernel manages, in bytes.
+    pub memory_bytes: u64,
 }
 
 /// A connection to the agent.
@@ -248,6 +264,51 @@ impl Agent {
         answer.map(drop).map_err(|error| failed("delete the process", &error))
     }
 
+    /// Has the guest use so many processors and so much memory (0: what there is), and answers what
+    /// it uses once it does or `within` is over.
+    ///
+    /// # Errors
+    ///
+    /// As each call.
+    pub async fn use_resources(
+        &self,
+        cpus: u32,
+        memory_bytes: u64,
+        within: Duration,
+    ) -> Result<Used, AgentError> {
+        let request = UseResourcesRequest {
+            cpus,
+            memory_bytes,
+            within_ms: u32::try_from(within.as_millis()).unwrap_or(u32::MAX),
+            ..UseResourcesRequest::default()
+        };
+        let context = self::within(within.saturating_add(ANSWER));
+        let answer = self.client.use_resources(context, &request).await;
+        let answer = answer.map_err(|error| failed("use what was added", &error))?;
+        Ok(Used { online_cpus: answer.online_cpus, memory_bytes: answer.memory_bytes })
+    }
+
+    /// Gives the container a device; answers what the container knows it by.
+    ///
+    /// # Errors
+    ///
+    /// As each call.
+    pub async fn attach(&self, request: &DeviceRequest) -> Result<Vec<String>, AgentError> {
+        let answer = self.client.attach_device(within(DEVICE), request).await;
+        let answer = answer.map_err(|error| failed("give the container the device", &error))?;
+        Ok(answer.names.iter().take(MOST_NAMES).map(|name| printable(name)).collect())
+    }
+
+    /// Takes a device from the container.
+    ///
+    /// # Errors
+    ///
+    /// As each call; [`AgentError::Refused`] if it is in use.
+    pub async fn detach(&self, request: &DeviceRequest) -> Result<(), AgentError> {
+        let answer = self.client.detach_device(within(DEVICE), request).await;
+        answer.map(drop).map_err(|error| failed("take the device from the container", &error))
+    }
+
     /// How many bytes the guest has not written to its disks and shares yet, if it tells within
     /// `limit`.
     ///
@@ -302,6 +363,12 @@ impl AgentError {
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Refused { code, message, .. }
             if *code == Code::NOT_FOUND || says(message, &["no such file", "not found"]))
+    }
+
+    /// Whether the agent answered, and would not.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Refused { .. })
     }
 
     /// Whether a program could not be started although it is there.

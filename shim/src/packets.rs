@@ -18,9 +18,12 @@ use tokio::io::unix::AsyncFd;
 
 use crate::sys;
 
+/// How many descriptors are sent beside a datagram: as many as the one that needs most, a VFIO
+/// device's container, group and device.
+const MOST_SENT: usize = 3;
 /// How many descriptors beside a datagram are taken: one more than any message has, so that too
 /// many are seen.
-const MOST_BESIDE: usize = 2;
+const MOST_BESIDE: usize = MOST_SENT + 1;
 
 /// One end of a connection.
 #[derive(Debug)]
@@ -53,12 +56,9 @@ impl Packets {
         Ok(Self { socket: sys::watch_socket(socket)? })
     }
 
-    /// Sends a datagram with at most one descriptor beside it. It waits while there is no room.
-    pub(crate) async fn send(
-        &self,
-        bytes: &[u8],
-        beside: Option<BorrowedFd<'_>>,
-    ) -> io::Result<()> {
+    /// Sends a datagram with at most [`MOST_SENT`] descriptors beside it. It waits while there is no
+    /// room.
+    pub(crate) async fn send(&self, bytes: &[u8], beside: &[BorrowedFd<'_>]) -> io::Result<()> {
         loop {
             let mut guard = self.socket.writable().await?;
             // An error means that there was no room after all.
@@ -106,11 +106,11 @@ impl AsFd for Packets {
     }
 }
 
-fn send(socket: BorrowedFd<'_>, bytes: &[u8], beside: Option<BorrowedFd<'_>>) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+fn send(socket: BorrowedFd<'_>, bytes: &[u8], beside: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SENT))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if let Some(fd) = &beside
-        && !ancillary.push(SendAncillaryMessage::ScmRights(std::slice::from_ref(fd)))
+    if beside.len() > MOST_SENT
+        || (!beside.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(beside)))
     {
         return Err(io::ErrorKind::InvalidInput.into());
     }
@@ -143,12 +143,14 @@ mod tests {
         let (ours, theirs) = Packets::pair().unwrap();
         let theirs = Packets::new(theirs).unwrap();
         assert!(ours.receive_now(&mut [0; 8]).unwrap().is_none());
-        theirs.send(b"one", Some(theirs.as_fd())).await.unwrap();
-        theirs.send(b"three four", None).await.unwrap();
+        let fd = theirs.as_fd();
+        theirs.send(b"one", &[fd, fd, fd]).await.unwrap();
+        assert!(theirs.send(b"two", &[fd, fd, fd, fd]).await.is_err());
+        theirs.send(b"three four", &[]).await.unwrap();
         drop(theirs);
         let mut buffer = [0; 8];
         let first = ours.receive(&mut buffer).await.unwrap();
-        assert_eq!((&buffer[..first.len_bytes], first.fds.len()), (&b"one"[..], 1));
+        assert_eq!((&buffer[..first.len_bytes], first.fds.len()), (&b"one"[..], 3));
         drop(first);
         assert!(ours.receive(&mut buffer).await.unwrap().is_cut);
         assert_eq!(ours.receive(&mut buffer).await.unwrap().len_bytes, 0);

@@ -4,6 +4,7 @@
 //! version: a program that can't read it says so and leaves the sandbox alone.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{self, Write as _},
     net::Ipv4Addr,
@@ -96,10 +97,19 @@ pub struct Record {
     pub cpus: u32,
     /// Its memory, in bytes.
     pub memory_bytes: u64,
+    /// How many processors it can be given; 0 in records of earlier programs.
+    #[serde(default)]
+    pub max_cpus: u32,
+    /// How much memory it can be given, in bytes.
+    #[serde(default)]
+    pub max_memory_bytes: u64,
     /// The backends and the VMM.
     pub children: Vec<ProcessRecord>,
     /// Its network.
     pub network: Option<NetworkRecord>,
+    /// The networks that it was given while it ran, by the device.
+    #[serde(default)]
+    pub added_networks: BTreeMap<String, NetworkRecord>,
     /// Its cgroup on the host.
     pub cgroup: Option<PathBuf>,
 }
@@ -142,6 +152,17 @@ pub enum RecordError {
 }
 
 impl Record {
+    /// All its networks.
+    pub fn networks(&self) -> impl Iterator<Item = &NetworkRecord> {
+        self.network.iter().chain(self.added_networks.values())
+    }
+
+    /// The network of this tap.
+    pub(crate) fn network_mut(&mut self, tap: &str) -> Option<&mut NetworkRecord> {
+        let mut all = self.network.iter_mut().chain(self.added_networks.values_mut());
+        all.find(|network| network.tap == tap)
+    }
+
     /// Reads the record in `folder`; `None` if there is none.
     ///
     /// # Errors
@@ -235,8 +256,11 @@ pub(crate) mod tests {
             rootfs: PathBuf::from("/"),
             cpus: 1,
             memory_bytes: 1 << 20,
+            max_cpus: 2,
+            max_memory_bytes: 1 << 21,
             children: Vec::new(),
             network: None,
+            added_networks: BTreeMap::new(),
             cgroup: None,
         }
     }

@@ -73,9 +73,9 @@ impl Estate {
     pub(super) async fn hand_over(&self, counter: &Counter) -> io::Result<()> {
         for (key, fd) in &self.held {
             let datagram = FromStore::Held { key: *key }.encode();
-            counter.socket.send(&datagram, Some(fd.as_fd())).await?;
+            counter.socket.send(&datagram, &[fd.as_fd()]).await?;
         }
-        counter.socket.send(&FromStore::End.encode(), None).await
+        counter.socket.send(&FromStore::End.encode(), &[]).await
     }
 
     /// Takes in what the process leaves, until it breaks the rules.
@@ -156,7 +156,7 @@ mod tests {
     use super::*;
 
     async fn put(process: &Packets, key: u64, fd: OwnedFd) {
-        process.send(&ToStore::Put { key }.encode(), Some(fd.as_fd())).await.unwrap();
+        process.send(&ToStore::Put { key }.encode(), &[fd.as_fd()]).await.unwrap();
     }
 
     /// A pipe's end, and the other one that tells whose it was.
@@ -175,8 +175,8 @@ mod tests {
         let (mut reader, kept) = pipe();
         put(&process, 1, removed).await;
         put(&process, 2, replaced).await;
-        process.send(&ToStore::Remove { key: 1 }.encode(), None).await.unwrap();
-        process.send(&ToStore::Remove { key: 9 }.encode(), None).await.unwrap();
+        process.send(&ToStore::Remove { key: 1 }.encode(), &[]).await.unwrap();
+        process.send(&ToStore::Remove { key: 9 }.encode(), &[]).await.unwrap();
         put(&process, 2, kept).await;
         drop(process);
         estate.take_rest(counter).unwrap();
@@ -205,14 +205,14 @@ mod tests {
             let mut estate = Estate::new("test", 4096).unwrap();
             let (mut counter, theirs) = Counter::open().unwrap();
             let process = Packets::new(theirs).unwrap();
-            process.send(datagram, None).await.unwrap();
+            process.send(datagram, &[]).await.unwrap();
             assert_eq!(estate.keep_taking(&mut counter).await, StoreFault::Malformed);
         }
         let mut estate = Estate::new("test", 4096).unwrap();
         let (mut counter, theirs) = Counter::open().unwrap();
         let process = Packets::new(theirs).unwrap();
         let remove = ToStore::Remove { key: 1 }.encode();
-        process.send(&remove, Some(process.as_fd())).await.unwrap();
+        process.send(&remove, &[process.as_fd()]).await.unwrap();
         assert_eq!(estate.keep_taking(&mut counter).await, StoreFault::Malformed);
     }
 

@@ -10,7 +10,7 @@ use std::{
 
 use tokio::sync::{Mutex, Notify, OwnedMutexGuard, mpsc, oneshot, watch};
 
-use crate::record::ProcessRecord;
+use crate::{plan::DevicePlan, record::ProcessRecord};
 
 /// How a device is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,10 +91,8 @@ impl Order {
 /// A way to look at a device and to ask for another process, to be copied freely.
 #[derive(Clone, Debug)]
 pub struct DeviceHandle {
-    /// Its id.
-    pub id: String,
-    /// What kind of device it is.
-    pub kind: &'static str,
+    /// What it is.
+    pub device: DevicePlan,
     /// Whether its process can be replaced.
     pub is_restartable: bool,
     view: watch::Receiver<View>,
@@ -114,8 +112,7 @@ pub(crate) struct Desk {
 impl DeviceHandle {
     /// A handle and its keeper's side. `changed` is told when there is another process.
     pub(crate) fn new(
-        id: &str,
-        kind: &'static str,
+        device: DevicePlan,
         is_restartable: bool,
         view: View,
         changed: Arc<Notify>,
@@ -123,8 +120,20 @@ impl DeviceHandle {
         let (view_sender, view) = watch::channel(view);
         let (orders, receiver) = mpsc::channel(1);
         let turn = Arc::new(Mutex::new(()));
-        let handle = Self { id: id.to_owned(), kind, is_restartable, view, orders, turn };
+        let handle = Self { device, is_restartable, view, orders, turn };
         (handle, Desk { orders: receiver, view: view_sender, changed })
+    }
+
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        self.device.id()
+    }
+
+    /// Waits until it is kept no more: it was removed, or the sandbox ends.
+    pub(crate) async fn ended(&self) {
+        let mut view = self.view.clone();
+        while view.changed().await.is_ok() {}
     }
 
     /// How it is.

@@ -14,7 +14,9 @@ impl DevicePlan {
     #[must_use]
     pub fn is_restartable(&self) -> bool {
         match self {
-            Self::Disk { .. } | Self::Network | Self::Vsock { .. } | Self::Share { .. } => true,
+            Self::Disk { .. } | Self::Network { .. } | Self::Vsock { .. } | Self::Share { .. } => {
+                true
+            }
         }
     }
 
@@ -33,7 +35,7 @@ impl DevicePlan {
             Self::Share { .. } => 256 * MIB,
             // A thousand connections, each with its buffer.
             Self::Vsock { .. } => 512 * MIB,
-            Self::Disk { .. } | Self::Network => MIB,
+            Self::Disk { .. } | Self::Network { .. } => MIB,
         }
     }
 
@@ -44,7 +46,7 @@ impl DevicePlan {
             Self::Vsock { .. } => "nacre-vsock",
             Self::Share { .. } => "nacre-fs",
             Self::Disk { .. } => "nacre-blk",
-            Self::Network => "nacre-net",
+            Self::Network { .. } => "nacre-net",
         }
     }
 
@@ -55,7 +57,18 @@ impl DevicePlan {
             Self::Vsock { .. } => "vsock",
             Self::Share { .. } => "fs",
             Self::Disk { .. } => "blk",
-            Self::Network => "net",
+            Self::Network { .. } => "net",
+        }
+    }
+
+    /// The virtio device type (virtio 1.3, chapter 5).
+    #[must_use]
+    pub fn device_type(&self) -> u16 {
+        match self {
+            Self::Network { .. } => 1,
+            Self::Disk { .. } => 2,
+            Self::Vsock { .. } => 19,
+            Self::Share { .. } => 26,
         }
     }
 }
@@ -69,7 +82,7 @@ pub(super) fn config_space(device: &DevicePlan, network: Option<&Network>) -> Ve
             bytes.extend(1_u32.to_le_bytes());
             bytes
         }
-        (DevicePlan::Network, Some(network)) => {
+        (DevicePlan::Network { .. }, Some(network)) => {
             let (link_up, pairs, mtu) = (1_u16, 1_u16, 0_u16);
             let mut bytes = network.pair.mac_bytes().to_vec();
             bytes.extend([link_up, pairs, mtu].map(u16::to_le_bytes).as_flattened());
@@ -110,7 +123,7 @@ pub(super) fn arguments(device: &DevicePlan, files: &SandboxFiles) -> Vec<OsStri
             let socket = files.vsock().into_os_string();
             (vec!["--guest-cid".into(), cid.to_string().into(), "--uds-path".into(), socket], false)
         }
-        DevicePlan::Share { tag, path: folder, read_only } => {
+        DevicePlan::Share { tag, path: folder, read_only, .. } => {
             let arguments = vec!["--shared-dir".into(), path(folder), "--tag".into(), tag.into()];
             (arguments, *read_only)
         }
@@ -118,7 +131,7 @@ pub(super) fn arguments(device: &DevicePlan, files: &SandboxFiles) -> Vec<OsStri
             let arguments = vec!["--disk".into(), path(file), "--serial".into(), serial.into()];
             (arguments, *read_only)
         }
-        DevicePlan::Network => (Vec::new(), false),
+        DevicePlan::Network { .. } => (Vec::new(), false),
     };
     if read_only {
         arguments.push("--read-only".into());

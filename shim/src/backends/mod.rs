@@ -10,6 +10,7 @@ mod keeper;
 mod kind;
 mod patience;
 mod process;
+mod roster;
 
 use std::{future, os::fd::OwnedFd, pin::Pin, sync::Arc, time::Duration};
 
@@ -21,6 +22,7 @@ pub use error::{BackendError, StoreFault};
 pub(crate) use handle::Desk;
 pub use handle::{Condition, DeviceHandle, ReplaceError, View};
 pub use process::Surroundings;
+pub use roster::Roster;
 
 pub(crate) use error::said;
 
@@ -49,7 +51,7 @@ pub struct VmmEnd {
 
 /// A device and its first process.
 #[derive(Debug)]
-struct Backend {
+pub(crate) struct Backend {
     process: Process,
     blueprint: Blueprint,
     estate: Estate,
@@ -73,14 +75,8 @@ impl Backends {
         network: Option<&Network>,
     ) -> Result<(Self, Vec<VmmEnd>), BackendError> {
         estate::make_room();
-        let started = devices.iter().map(|device| {
-            let blueprint = Blueprint::new(device, surroundings.clone(), network)?;
-            let estate = Estate::new(device.id(), device.state_bytes());
-            let estate = estate.map_err(blueprint.prepare())?;
-            let (process, socket) = blueprint.start(&blueprint.program(), &estate, Role::First)?;
-            let end = blueprint.vmm_end(network, socket);
-            Ok((Backend { process, blueprint, estate }, end))
-        });
+        let started =
+            devices.iter().map(|device| Backend::start(device, surroundings.clone(), network));
         let started: Vec<(Backend, VmmEnd)> = started.collect::<Result<_, BackendError>>()?;
         let (backends, ends) = started.into_iter().unzip();
         Ok((Self { backends }, ends))
@@ -103,9 +99,11 @@ impl Backends {
 
     /// From here on they are kept, for a VMM that was started on them.
     pub(crate) fn keep(self, link: &Link) -> Devices {
-        let changed = Arc::new(Notify::new());
-        let mut devices =
-            Devices { keepers: FuturesUnordered::new(), handles: Vec::new(), changed };
+        let mut devices = Devices {
+            keepers: FuturesUnordered::new(),
+            roster: Roster::default(),
+            changed: Arc::new(Notify::new()),
+        };
         for backend in self.backends {
             devices.keep(backend, link);
         }
@@ -114,7 +112,22 @@ impl Backends {
 }
 
 impl Backend {
-    async fn ready(&mut self) -> Result<(), BackendError> {
+    /// Starts the first process of a device; also what the VMM is to have of it.
+    pub(crate) fn start(
+        device: &DevicePlan,
+        surroundings: Surroundings,
+        network: Option<&Network>,
+    ) -> Result<(Self, VmmEnd), BackendError> {
+        let blueprint = Blueprint::new(device, surroundings, network)?;
+        let estate = Estate::new(device.id(), device.state_bytes());
+        let estate = estate.map_err(blueprint.prepare())?;
+        let (process, socket) = blueprint.start(&blueprint.program(), &estate, Role::First)?;
+        let end = blueprint.vmm_end(network, socket);
+        Ok((Self { process, blueprint, estate }, end))
+    }
+
+    /// Waits until its process is ready.
+    pub(crate) async fn ready(&mut self) -> Result<(), BackendError> {
         let Process { child, counter, ready } = &mut self.process;
         // A process that is gone says why by its end.
         if let Err(error) = self.estate.hand_over(counter).await {
@@ -129,40 +142,40 @@ impl Backend {
 pub enum Happening {
     /// A device has another process than before.
     Replaced,
+    /// The VMM has a device no more, and all that was kept for it is gone.
+    Gone(String),
     /// A device can't be served any more.
     GivenUp(BackendError),
 }
 
-type Keeping = Pin<Box<dyn Future<Output = Result<(), BackendError>> + Send>>;
+/// Ends with the device's id.
+type Keeping = Pin<Box<dyn Future<Output = (String, Result<(), BackendError>)> + Send>>;
 
 /// All devices of a sandbox, as long as its VMM lives. They are kept while [`Self::next`] is
 /// polled; dropping them ends all their processes.
 pub struct Devices {
     keepers: FuturesUnordered<Keeping>,
-    handles: Vec<DeviceHandle>,
+    roster: Roster,
     changed: Arc<Notify>,
 }
 
 impl Devices {
-    fn keep(&mut self, backend: Backend, link: &Link) {
+    /// Keeps another one, which the VMM knows.
+    pub(crate) fn keep(&mut self, backend: Backend, link: &Link) {
         let Backend { process, blueprint, estate } = backend;
-        let device = &blueprint.device;
+        let device = blueprint.device.clone();
         let view = View {
             condition: Condition::Serving,
             process: process.child.record(),
             program: blueprint.program(),
             restarts: 0,
         };
-        let (handle, desk) = DeviceHandle::new(
-            device.id(),
-            device.kind(),
-            device.is_restartable(),
-            view,
-            Arc::clone(&self.changed),
-        );
-        self.handles.push(handle);
+        let (id, is_restartable) = (device.id().to_owned(), device.is_restartable());
+        let changed = Arc::clone(&self.changed);
+        let (handle, desk) = DeviceHandle::new(device, is_restartable, view, changed);
+        self.roster.add(handle);
         let keeper = Keeper::new(blueprint, estate, link.clone(), desk);
-        self.keepers.push(Box::pin(keeper.keep(process)));
+        self.keepers.push(Box::pin(async move { (id, keeper.keep(process).await) }));
     }
 
     /// Keeps the devices until there is something to tell. May be dropped while it waits.
@@ -170,37 +183,50 @@ impl Devices {
         let changed = Arc::clone(&self.changed);
         tokio::select! {
             biased;
-            error = self.given_up() => Happening::GivenUp(error),
+            over = self.over() => match over {
+                (_device, Err(error)) => Happening::GivenUp(error),
+                (device, Ok(())) => Happening::Gone(device),
+            },
             () = changed.notified() => Happening::Replaced,
         }
     }
 
     /// Keeps the devices until one can't be served any more.
     pub async fn given_up(&mut self) -> BackendError {
-        while let Some(kept) = self.keepers.next().await {
-            if let Err(error) = kept {
+        loop {
+            if let (_device, Err(error)) = self.over().await {
                 return error;
             }
         }
-        future::pending().await
+    }
+
+    /// Keeps the devices until one need not be kept any more, or can't.
+    async fn over(&mut self) -> (String, Result<(), BackendError>) {
+        match self.keepers.next().await {
+            Some((device, kept)) => {
+                self.roster.remove(&device);
+                (device, kept)
+            }
+            None => future::pending().await,
+        }
     }
 
     /// A way to each of them.
     #[must_use]
-    pub fn handles(&self) -> &[DeviceHandle] {
-        &self.handles
+    pub fn roster(&self) -> &Roster {
+        &self.roster
     }
 
     /// Their last processes.
     #[must_use]
     pub fn records(&self) -> Vec<ProcessRecord> {
-        self.handles.iter().map(|handle| handle.view().process).collect()
+        self.roster.all().iter().map(|handle| handle.view().process).collect()
     }
 
     /// Waits until all processes have ended, as they do once the VMM is gone.
     pub async fn stop(&mut self, limit: Duration) {
         let all_gone = async {
-            while let Some(kept) = self.keepers.next().await {
+            while let Some((_device, kept)) = self.keepers.next().await {
                 if let Err(error) = kept {
                     log::debug!("{error}");
                 }

@@ -96,7 +96,7 @@ impl Blueprint {
     ) -> Result<Self, BackendError> {
         let name = format!("{} of `{}`", device.program(), device.id());
         let nic = match (device, network) {
-            (DevicePlan::Network, Some(network)) => {
+            (DevicePlan::Network { .. }, Some(network)) => {
                 let tap = network.tap.try_clone();
                 let prepare = |source| BackendError::Prepare { name: name.clone(), source };
                 Some((tap.map_err(prepare)?, network.pair.mac()))

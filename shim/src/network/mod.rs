@@ -63,6 +63,9 @@ pub enum NetworkError {
     /// Forwarding can't be switched on.
     #[error("can't switch on forwarding of {0}")]
     Forwarding(String, #[source] io::Error),
+    /// There is nothing to record it in.
+    #[error("the sandbox is registered no more")]
+    Unregistered,
     /// No address is free, or it can't be recorded.
     #[error(transparent)]
     Registry(#[from] RegistryError),
@@ -77,13 +80,17 @@ pub struct Network {
     pub tap: OwnedFd,
 }
 
-/// Makes the network of a sandbox. If it fails half-way, the record says what is to be removed.
+/// Makes the network of a sandbox, or of a `device` that it is given while it runs. If it fails
+/// half-way, the record says what is to be removed.
 ///
 /// # Errors
 ///
 /// Fails if no address is free or the host refuses.
-pub fn create(registration: &mut Registration) -> Result<Network, NetworkError> {
-    let pair = registration.reserve_network()?;
+pub fn create(
+    registration: &mut Registration,
+    device: Option<&str>,
+) -> Result<Network, NetworkError> {
+    let pair = registration.reserve_network(device)?;
     let name = pair.tap();
     let tap = sys::create_tap(&name).map_err(|source| NetworkError::Tap(name.clone(), source))?;
     let host = format!("{}/{PREFIX_BITS}", pair.host());
@@ -98,16 +105,17 @@ pub fn create(registration: &mut Registration) -> Result<Network, NetworkError> 
 
 fn let_out(registration: &mut Registration, pair: Pair, uplink: &str) -> Result<(), NetworkError> {
     let firewall = firewall::available()?;
-    open_way(registration, uplink, firewall)?;
+    open_way(registration, &pair.tap(), uplink, firewall)?;
     switch_on(&pair.tap())?;
     firewall::add(firewall, &pair.tap(), pair.guest())
 }
 
-/// Records what lets the sandbox out, and switches on forwarding of `uplink`. Both under the
-/// registry's lock, as [`Registration::release_network`] undoes both: the last to end looks at the
+/// Records what lets the network of `tap` out, and switches on forwarding of `uplink`. Both under the
+/// registry's lock, as [`Registration::release_networks`] undoes both: the last to end looks at the
 /// switch and at the records.
 fn open_way(
     registration: &mut Registration,
+    tap: &str,
     uplink: &str,
     firewall: Firewall,
 ) -> Result<(), NetworkError> {
@@ -117,9 +125,9 @@ fn open_way(
         .trim()
         != "0";
     // Whoever ends last switches it off, so each sandbox that depends on the switch records it.
-    let ours = !was_on || registration.others_switched_on(uplink)?;
+    let ours = !was_on || registration.others_switched_on(uplink, tap)?;
     registration.update(|record| {
-        if let Some(network) = &mut record.network {
+        if let Some(network) = record.network_mut(tap) {
             network.firewall = Some(firewall);
             network.forwarding = ours.then(|| uplink.to_owned());
         }

@@ -25,12 +25,12 @@ fn is_on() -> bool {
 fn come_and_go(registry: &Registry, thread: usize) {
     for round in 0..ROUNDS {
         let mut sandbox = registry.claim(record(&format!("s{thread}-{round}"))).unwrap();
-        sandbox.reserve_network().unwrap();
-        open_way(&mut sandbox, UPLINK, Firewall::Nft).unwrap();
+        let tap = sandbox.reserve_network(None).unwrap().tap();
+        open_way(&mut sandbox, &tap, UPLINK, Firewall::Nft).unwrap();
         assert!(is_on(), "never on, or taken away by another's end");
         thread::yield_now();
         assert!(is_on(), "taken away by another's end");
-        sandbox.release_network();
+        sandbox.release_networks();
     }
 }
 
@@ -76,14 +76,14 @@ fn nobody_decides_on_the_switch_while_another_does() {
     let folder = tempfile::tempdir().unwrap();
     let registry = Registry::open(folder.path().join("state")).unwrap();
     let mut first = registry.claim(record("first")).unwrap();
-    first.reserve_network().unwrap();
-    open_way(&mut first, UPLINK, Firewall::Nft).unwrap();
+    let tap = first.reserve_network(None).unwrap().tap();
+    open_way(&mut first, &tap, UPLINK, Firewall::Nft).unwrap();
     let mut second = registry.claim(record("second")).unwrap();
-    second.reserve_network().unwrap();
+    let tap = second.reserve_network(None).unwrap().tap();
     thread::scope(|scope| {
         // As the first is when it ends: it has looked who needs the switch, and nobody does.
         let deciding = first.lock().unwrap();
-        let opening = scope.spawn(|| open_way(&mut second, UPLINK, Firewall::Nft));
+        let opening = scope.spawn(|| open_way(&mut second, &tap, UPLINK, Firewall::Nft));
         thread::sleep(Duration::from_millis(100));
         assert!(!opening.is_finished(), "decided on a switch that is about to be off");
         fs::write(forwarding_switch(UPLINK), "0").unwrap();
@@ -91,8 +91,35 @@ fn nobody_decides_on_the_switch_while_another_does() {
         opening.join().unwrap().unwrap();
     });
     assert!(is_on(), "the second needs it");
-    first.release_network();
+    first.release_networks();
     assert!(is_on(), "taken from the second");
-    second.release_network();
+    second.release_networks();
     assert!(!is_on(), "left on");
+}
+
+#[test]
+fn a_sandbox_s_networks_come_and_go_one_by_one() {
+    if !is_inside("a_sandbox_s_networks_come_and_go_one_by_one") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let registry = Registry::open(folder.path().join("state")).unwrap();
+    let mut sandbox = registry.claim(record("one")).unwrap();
+    let mut taps = Vec::new();
+    for device in [None, Some("net-1"), Some("net-2")] {
+        let tap = sandbox.reserve_network(device).unwrap().tap();
+        open_way(&mut sandbox, &tap, UPLINK, Firewall::Nft).unwrap();
+        assert!(!taps.contains(&tap));
+        taps.push(tap);
+    }
+    sandbox.release_first_network();
+    sandbox.release_network("net-1");
+    sandbox.release_network("net-7");
+    assert!(is_on(), "the last network needs it");
+    let left: Vec<String> =
+        sandbox.record().networks().map(|network| network.tap.clone()).collect();
+    assert_eq!(left, taps[2..]);
+    sandbox.release_networks();
+    assert!(!is_on(), "left on");
+    assert_eq!(sandbox.record().networks().count(), 0);
 }

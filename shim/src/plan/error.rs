@@ -12,6 +12,22 @@ pub enum PlanError {
     /// No processors.
     #[error("a sandbox needs at least one CPU")]
     NoCpus,
+    /// Fewer processors at most than at first.
+    #[error("--max-cpus {max} is less than the {cpus} CPUs of the beginning")]
+    MaxCpus {
+        /// At most.
+        max: u32,
+        /// At first.
+        cpus: u32,
+    },
+    /// Less memory at most than at first.
+    #[error("--max-memory {max} is less than the {memory} of the beginning")]
+    MaxMemory {
+        /// At most.
+        max: ByteSize,
+        /// At first.
+        memory: ByteSize,
+    },
     /// No memory.
     #[error("a sandbox needs memory: --memory 0 was asked for")]
     NoMemory,
@@ -70,10 +86,11 @@ impl PlanError {
     #[must_use]
     pub fn exit(&self) -> RunExit {
         match self {
-            Self::NoCpus => RunExit::Cpus,
-            Self::NoMemory | Self::TooMuchMemory { .. } | Self::BeyondWidth { .. } => {
-                RunExit::Memory
-            }
+            Self::NoCpus | Self::MaxCpus { .. } => RunExit::Cpus,
+            Self::NoMemory
+            | Self::TooMuchMemory { .. }
+            | Self::BeyondWidth { .. }
+            | Self::MaxMemory { .. } => RunExit::Memory,
             Self::NoCommand
             | Self::NotAbsolute { .. }
             | Self::VolumeOnRoot

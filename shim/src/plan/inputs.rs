@@ -7,6 +7,7 @@ use std::{
     net::Ipv4Addr,
     os::unix::fs::FileTypeExt as _,
     path::{Path, PathBuf},
+    thread,
 };
 
 use nacre_proto::exit::RunExit;
@@ -21,6 +22,10 @@ const SECTOR_BYTES: u64 = 512;
 /// What a plan takes from the host.
 #[derive(Clone, Debug)]
 pub struct HostFacts {
+    /// How many processors are online.
+    pub cpus: u32,
+    /// Memory.
+    pub memory: ByteSize,
     /// Memory and swap.
     pub memory_and_swap: ByteSize,
     /// The physical address width of the processors, if the kernel tells.
@@ -139,6 +144,8 @@ impl HostFacts {
             String::from_utf8_lossy(&bytes.unwrap_or_default()).into_owned()
         };
         Ok(Self {
+            cpus: u32::try_from(num_cpus()).unwrap_or(u32::MAX),
+            memory: ByteSize(meminfo_bytes(&text, "MemTotal:")),
             memory_and_swap: memory_and_swap(&text),
             address_bits: address_bits(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
             nameservers: network::nameservers(),
@@ -148,13 +155,21 @@ impl HostFacts {
     }
 }
 
+/// How many processors this process may use, as long as nothing keeps it from more.
+fn num_cpus() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// A field of /proc/meminfo; 0 if it is not there.
+fn meminfo_bytes(meminfo: &str, name: &str) -> u64 {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(name));
+    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kib.unwrap_or_default().saturating_mul(1024)
+}
+
 fn memory_and_swap(meminfo: &str) -> ByteSize {
-    let field = |name: &str| {
-        let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-    };
-    let kib = field("MemTotal:").unwrap_or_default() + field("SwapTotal:").unwrap_or_default();
-    ByteSize(kib.saturating_mul(1024))
+    let bytes = |name| meminfo_bytes(meminfo, name);
+    ByteSize(bytes("MemTotal:").saturating_add(bytes("SwapTotal:")))
 }
 
 /// The line of /proc/cpuinfo is `address sizes   : 46 bits physical, 48 bits virtual`.
@@ -174,12 +189,21 @@ pub fn check(config: &SandboxConfig) -> Result<(), InputError> {
     content(Input::Initramfs, &config.initramfs)?;
     folder(Input::RootFs, &config.rootfs)?;
     for volume in &config.volumes {
-        folder(Input::Volume, &volume.host)?;
+        self::volume(&volume.host)?;
     }
     for given in &config.disks {
         disk(&given.path, given.read_only)?;
     }
     Ok(())
+}
+
+/// Checks a folder that is to be shared.
+///
+/// # Errors
+///
+/// Fails if it can't be listed.
+pub(crate) fn volume(path: &Path) -> Result<(), InputError> {
+    folder(Input::Volume, path)
 }
 
 /// Whether there is a first byte.
@@ -209,7 +233,12 @@ fn folder(what: Input, path: &Path) -> Result<(), InputError> {
     first.transpose().map_err(&failed).map(drop)
 }
 
-fn disk(path: &Path, read_only: bool) -> Result<(), InputError> {
+/// Checks a disk image or a block device.
+///
+/// # Errors
+///
+/// Fails if it can't be used as one.
+pub(crate) fn disk(path: &Path, read_only: bool) -> Result<(), InputError> {
     let failed = InputError::unusable(Input::Disk, path);
     let kind = fs::metadata(path).map_err(&failed)?.file_type();
     if !kind.is_file() && !kind.is_block_device() {

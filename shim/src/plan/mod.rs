@@ -8,6 +8,7 @@
 mod error;
 pub mod inputs;
 pub mod process;
+mod size;
 pub mod spec;
 
 use std::{net::Ipv4Addr, path::PathBuf};
@@ -25,8 +26,9 @@ const GUEST: &str = "/run/nacre";
 /// What the guest's kernel is told, unless more is asked for.
 ///
 /// `panic=-1` reboots at once, which the VMM reports; the time source is known to be good, so it is
-/// not probed; nothing looks for devices that are not there; mitigations stay on.
-const COMMAND_LINE: [&str; 9] = [
+/// not probed; nothing looks for devices that are not there; memory that is added can be taken away
+/// again as far as the kernel can do with the rest; mitigations stay on.
+const COMMAND_LINE: [&str; 10] = [
     "console=ttyS0",
     "panic=-1",
     "tsc=reliable",
@@ -36,6 +38,7 @@ const COMMAND_LINE: [&str; 9] = [
     "random.trust_cpu=on",
     "pci=lastbus=0",
     "8250.nr_uarts=1",
+    "memory_hotplug.online_policy=auto-movable",
 ];
 /// The longest command line, in bytes (COMMAND_LINE_SIZE of x86).
 const COMMAND_LINE_BYTES: usize = 2047;
@@ -88,8 +91,12 @@ pub struct SandboxConfig {
     pub writable_rootfs: bool,
     /// How many processors the guest has.
     pub cpus: u32,
+    /// How many it can be given; as many as the host has unless told otherwise.
+    pub max_cpus: Option<u32>,
     /// How much memory the guest has.
     pub memory: ByteSize,
+    /// How much it can be given; as much as the host has unless told otherwise.
+    pub max_memory: Option<ByteSize>,
     /// Shared folders.
     pub volumes: Vec<Volume>,
     /// Disks.
@@ -122,6 +129,8 @@ pub enum DevicePlan {
         path: PathBuf,
         /// Whether the guest may only read it.
         read_only: bool,
+        /// Where the container sees it; none: it is below the container's root.
+        place: Option<PathBuf>,
     },
     /// `nacre-blk`.
     Disk {
@@ -133,10 +142,22 @@ pub enum DevicePlan {
         read_only: bool,
     },
     /// `nacre-net`.
-    Network,
+    Network {
+        /// The device's id.
+        id: String,
+        /// What the guest calls it.
+        interface: String,
+    },
 }
 
 impl DevicePlan {
+    /// The network interface number `index`.
+    #[must_use]
+    pub fn nic(index: usize) -> Self {
+        let id = if index == 0 { "net".to_owned() } else { format!("net-{index}") };
+        Self::Network { id, interface: format!("eth{index}") }
+    }
+
     /// The device's id for the VMM and for messages.
     #[must_use]
     pub fn id(&self) -> &str {
@@ -144,7 +165,7 @@ impl DevicePlan {
             Self::Vsock { .. } => "vsock",
             Self::Share { tag, .. } => tag,
             Self::Disk { serial, .. } => serial,
-            Self::Network => "net",
+            Self::Network { id, .. } => id,
         }
     }
 }
@@ -154,6 +175,10 @@ impl DevicePlan {
 pub struct SandboxPlan {
     /// What was asked for.
     pub config: SandboxConfig,
+    /// How many processors the guest can be given.
+    pub max_cpus: u32,
+    /// How much memory the guest can be given.
+    pub max_memory: ByteSize,
     /// What the guest's kernel is told.
     pub command_line: String,
     /// The guest's devices.
@@ -177,7 +202,7 @@ impl SandboxPlan {
     ///
     /// Fails if what is asked for makes no sense on this host.
     pub fn new(config: SandboxConfig, facts: &HostFacts) -> Result<Self, PlanError> {
-        check_size(&config, facts)?;
+        size::check(&config, facts)?;
         for volume in &config.volumes {
             absolute("volume", &volume.guest)?;
             if volume.guest.parent().is_none() {
@@ -188,6 +213,8 @@ impl SandboxPlan {
         let nameservers = if config.network { facts.nameservers.clone() } else { Vec::new() };
         let spec = spec::build(&config, facts, &hostname, !nameservers.is_empty())?;
         Ok(Self {
+            max_cpus: size::max_cpus(&config, facts)?,
+            max_memory: size::max_memory(&config, facts)?,
             command_line: command_line(&config)?,
             devices: devices(&config),
             storages: storages(&config),
@@ -197,27 +224,6 @@ impl SandboxPlan {
             spec,
             config,
         })
-    }
-}
-
-fn check_size(config: &SandboxConfig, facts: &HostFacts) -> Result<(), PlanError> {
-    if config.cpus == 0 {
-        return Err(PlanError::NoCpus);
-    }
-    let asked = config.memory;
-    match asked.0 {
-        0 => Err(PlanError::NoMemory),
-        // A bound that needs no KVM; the VMM knows the guest's own width and how it is used.
-        bytes if facts.address_bits.is_some_and(|bits| bytes.checked_shr(bits) != Some(0)) => {
-            Err(PlanError::BeyondWidth {
-                asked,
-                address_bits: facts.address_bits.unwrap_or_default(),
-            })
-        }
-        _ if asked > facts.memory_and_swap => {
-            Err(PlanError::TooMuchMemory { asked, available: facts.memory_and_swap })
-        }
-        _ => Ok(()),
     }
 }
 
@@ -261,11 +267,13 @@ fn devices(config: &SandboxConfig) -> Vec<DevicePlan> {
         tag: "rootfs".to_owned(),
         path: config.rootfs.clone(),
         read_only: !config.writable_rootfs,
+        place: None,
     };
     let volumes = config.volumes.iter().enumerate().map(|(index, volume)| DevicePlan::Share {
         tag: format!("volume-{index}"),
         path: volume.host.clone(),
         read_only: volume.read_only,
+        place: Some(volume.guest.clone()),
     });
     let disks = config.disks.iter().enumerate().map(|(index, disk)| DevicePlan::Disk {
         serial: format!("disk-{index}"),
@@ -276,8 +284,13 @@ fn devices(config: &SandboxConfig) -> Vec<DevicePlan> {
         .into_iter()
         .chain(volumes)
         .chain(disks)
-        .chain(config.network.then_some(DevicePlan::Network))
+        .chain(config.network.then(|| DevicePlan::nic(0)))
         .collect()
+}
+
+/// Where a volume is mounted in the guest.
+pub(crate) fn mount_point(tag: &str) -> String {
+    format!("{GUEST}/volumes/{}", tag.strip_prefix("volume-").unwrap_or(tag))
 }
 
 fn storages(config: &SandboxConfig) -> Vec<Storage> {
@@ -302,7 +315,9 @@ fn storages(config: &SandboxConfig) -> Vec<Storage> {
         vec![share("rootfs".to_owned(), lower, true), overlay]
     };
     storages.extend(config.volumes.iter().enumerate().map(|(index, volume)| {
-        share(format!("volume-{index}"), format!("{GUEST}/volumes/{index}"), volume.read_only)
+        let tag = format!("volume-{index}");
+        let mount_point = mount_point(&tag);
+        share(tag, mount_point, volume.read_only)
     }));
     storages
 }

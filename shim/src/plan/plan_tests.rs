@@ -12,7 +12,9 @@ pub(crate) fn config() -> SandboxConfig {
         rootfs: "/rootfs".into(),
         writable_rootfs: false,
         cpus: 1,
+        max_cpus: None,
         memory: ByteSize(512 << 20),
+        max_memory: None,
         volumes: vec![Volume { host: "/data".into(), guest: "/mnt/data".into(), read_only: true }],
         disks: vec![Disk { path: "/disk.img".into(), read_only: false }],
         network: true,
@@ -25,6 +27,8 @@ pub(crate) fn config() -> SandboxConfig {
 
 pub(crate) fn facts() -> HostFacts {
     HostFacts {
+        cpus: 2,
+        memory: ByteSize(1 << 30),
         memory_and_swap: ByteSize(1 << 30),
         address_bits: Some(40),
         nameservers: vec![Ipv4Addr::new(10, 0, 0, 2)],

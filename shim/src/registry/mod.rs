@@ -21,7 +21,7 @@ use crate::{
     name::SandboxName,
     network::{self, address},
     paths::SandboxFiles,
-    record::{Phase, ProcessRecord, Record, RecordError},
+    record::{NetworkRecord, Phase, ProcessRecord, Record, RecordError},
 };
 
 mod registration;
@@ -190,6 +190,7 @@ impl Registry {
             if files.output().exists() {
                 self.take_down(&record)?;
                 (record.network, record.cgroup) = (None, None);
+                record.added_networks.clear();
                 record.children.clear();
                 record.write(files.folder())?;
             } else {
@@ -295,8 +296,9 @@ impl Registry {
     /// Ends and removes all that a record names but the folder. The lock is held.
     fn take_down(&self, record: &Record) -> Result<(), RegistryError> {
         record.children.iter().for_each(kill);
-        if let Some(network) = &record.network {
-            network::remove(network, self.forwarding_users(&record.name)?);
+        let taps: Vec<&str> = record.networks().map(|network| network.tap.as_str()).collect();
+        for network in record.networks() {
+            network::remove(network, self.forwarding_users(&taps)?);
         }
         if let Some(path) = &record.cgroup {
             cgroup::remove(path);
@@ -304,14 +306,14 @@ impl Registry {
         Ok(())
     }
 
-    /// How many other sandboxes need the host to forward for them.
-    fn forwarding_users(&self, except: &SandboxName) -> Result<usize, RegistryError> {
-        let needs = |record: &&Record| {
-            record.name != *except
-                && !matches!(record.phase, Phase::Exited { .. })
-                && record.network.as_ref().is_some_and(|network| network.firewall.is_some())
+    /// How many networks but those of `taps` need the host to forward for them.
+    fn forwarding_users(&self, taps: &[&str]) -> Result<usize, RegistryError> {
+        let needs = |network: &&NetworkRecord| {
+            !taps.contains(&network.tap.as_str()) && network.firewall.is_some()
         };
-        Ok(self.list()?.iter().filter(needs).count())
+        let records = self.list()?;
+        let records = records.iter().filter(|record| !matches!(record.phase, Phase::Exited { .. }));
+        Ok(records.flat_map(Record::networks).filter(needs).count())
     }
 }
 

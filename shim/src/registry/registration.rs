@@ -8,7 +8,7 @@ use std::{
 use crate::{
     network::{self, address},
     paths::SandboxFiles,
-    record::{Phase, Record},
+    record::{NetworkRecord, Phase, Record},
     registry::{Registry, RegistryError},
 };
 
@@ -52,21 +52,27 @@ impl Registration {
         Ok(self.record.write(self.files.folder())?)
     }
 
-    /// Reserves addresses and the name of a tap that no other sandbox has.
+    /// Reserves addresses and the name of a tap that no other sandbox has; for `device` if the
+    /// sandbox runs already.
     ///
     /// # Errors
     ///
     /// Fails if none is free.
-    pub fn reserve_network(&mut self) -> Result<address::Pair, RegistryError> {
+    pub fn reserve_network(
+        &mut self,
+        device: Option<&str>,
+    ) -> Result<address::Pair, RegistryError> {
         let _lock = self.registry.lock()?;
-        let taken: Vec<u32> = self
-            .registry
-            .list()?
-            .iter()
-            .filter_map(|record| record.network.as_ref().map(|network| network.index))
-            .collect();
+        let records = self.registry.list()?;
+        let taken: Vec<u32> =
+            records.iter().flat_map(Record::networks).map(|network| network.index).collect();
         let pair = address::free_pair(&taken, &address::host_routes())?;
-        self.update(|record| record.network = Some(pair.record()))?;
+        self.update(|record| match device {
+            None => record.network = Some(pair.record()),
+            Some(device) => {
+                record.added_networks.insert(device.to_owned(), pair.record());
+            }
+        })?;
         Ok(pair)
     }
 
@@ -80,38 +86,56 @@ impl Registration {
         self.registry.lock()
     }
 
-    /// Whether another sandbox switched on forwarding of `uplink`.
+    /// Whether forwarding of `uplink` was switched on for another network than that of `tap`.
     ///
     /// # Errors
     ///
     /// Fails if the registry can't be read.
-    pub fn others_switched_on(&self, uplink: &str) -> Result<bool, RegistryError> {
-        let switched = |record: &Record| {
-            record.name != self.record.name
-                && record
-                    .network
-                    .as_ref()
-                    .is_some_and(|network| network.forwarding.as_deref() == Some(uplink))
+    pub fn others_switched_on(&self, uplink: &str, tap: &str) -> Result<bool, RegistryError> {
+        let switched = |network: &NetworkRecord| {
+            network.tap != tap && network.forwarding.as_deref() == Some(uplink)
         };
-        Ok(self.registry.list()?.iter().any(switched))
+        Ok(self.registry.list()?.iter().flat_map(Record::networks).any(switched))
     }
 
-    /// Takes down what the host has for the network.
-    pub fn release_network(&mut self) {
-        let Some(network) = self.record.network.take() else { return };
+    /// Takes down what the host has for all networks of the sandbox.
+    pub fn release_networks(&mut self) {
+        let added: Vec<String> = self.record.added_networks.keys().cloned().collect();
+        for device in added {
+            self.release_network(&device);
+        }
+        self.release_first_network();
+    }
+
+    /// Takes down what the host has for the network that the sandbox began with.
+    pub fn release_first_network(&mut self) {
+        if let Some(network) = self.record.network.take() {
+            self.release(&network);
+        }
+    }
+
+    /// Takes down what the host has for the network of a device that the sandbox was given while it
+    /// ran. It is no error if it has none.
+    pub fn release_network(&mut self, device: &str) {
+        if let Some(network) = self.record.added_networks.remove(device) {
+            self.release(&network);
+        }
+    }
+
+    fn release(&mut self, network: &NetworkRecord) {
         let users = self.registry.lock().and_then(|lock| {
-            let users = self.registry.forwarding_users(&self.record.name);
+            let users = self.registry.forwarding_users(&[network.tap.as_str()]);
             users.map(|users| (lock, users))
         });
         // Held until the record says so: the next to end must not count this one any more.
         let _lock = match users {
             Ok((lock, users)) => {
-                network::remove(&network, users);
+                network::remove(network, users);
                 Some(lock)
             }
             Err(error) => {
                 log::warn!("forwarding stays as it is: {error}");
-                network::remove(&network, usize::MAX);
+                network::remove(network, usize::MAX);
                 None
             }
         };

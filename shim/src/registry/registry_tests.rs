@@ -74,5 +74,5 @@ fn two_sandboxes_get_different_addresses() {
     let (_folder, registry) = registry();
     let mut one = registry.claim(record("a")).unwrap();
     let mut other = registry.claim(record("b")).unwrap();
-    assert_ne!(one.reserve_network().unwrap(), other.reserve_network().unwrap());
+    assert_ne!(one.reserve_network(None).unwrap(), other.reserve_network(None).unwrap());
 }

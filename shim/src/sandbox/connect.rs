@@ -69,7 +69,10 @@ impl VmUp {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let (interfaces, routes) = match &self.host.network {
             None => (Vec::new(), Vec::new()),
-            Some(network) => interface(network.pair),
+            Some(network) => {
+                let (interface, route) = interface(network.pair, "eth0");
+                (vec![interface], vec![route])
+            }
         };
         Ok(ConfigureSandboxRequest {
             hostname: plan.hostname.clone(),
@@ -126,18 +129,16 @@ async fn attempts(
     }
 }
 
-fn interface(pair: Pair) -> (Vec<Interface>, Vec<Route>) {
+/// A nic as the agent is to set it up, and the way out through it.
+pub(super) fn interface(pair: Pair, name: &str) -> (Interface, Route) {
     let interface = Interface {
         mac: pair.mac(),
-        name: "eth0".to_owned(),
+        name: name.to_owned(),
         mtu: 1500,
         addresses: vec![format!("{}/{PREFIX_BITS}", pair.guest())],
         ..Interface::default()
     };
-    let route = Route {
-        gateway: pair.host().to_string(),
-        interface: "eth0".to_owned(),
-        ..Route::default()
-    };
-    (vec![interface], vec![route])
+    let route =
+        Route { gateway: pair.host().to_string(), interface: name.to_owned(), ..Route::default() };
+    (interface, route)
 }

@@ -7,13 +7,14 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use nacre_proto::{
+    pci::PciAddress,
     supervisor::{Answer, Device, DeviceState, Request},
-    vmm,
+    vmm::{self, Status},
 };
 use rustix::{
     fs::{Mode, chmod},
@@ -29,8 +30,11 @@ use tokio::{
 };
 
 use crate::{
-    backends::{Condition, DeviceHandle, ReplaceError},
+    backends::{Condition, DeviceHandle, ReplaceError, Roster},
+    error_chain,
     packets::Packets,
+    sandbox::change::{Change, Operator},
+    vmm::Link,
 };
 
 /// How many clients are attended to at a time; others wait.
@@ -41,13 +45,23 @@ const BACKLOG: i32 = 16;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The pause after a connection that could not be taken.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How long the VMM may take to tell where the devices are.
+const TOLD_WITHIN: Duration = Duration::from_secs(5);
 
 /// The socket. Dropping it removes it, and forgets its clients.
-#[derive(Debug)]
 pub(super) struct ControlSocket {
     path: PathBuf,
+    counter: Arc<Counter>,
     // Aborted with the socket.
     _serving: JoinSet<()>,
+}
+
+/// What clients are served from.
+struct Counter {
+    roster: Roster,
+    link: Link,
+    /// There is one once the container runs.
+    operator: OnceLock<Operator>,
 }
 
 impl ControlSocket {
@@ -56,16 +70,24 @@ impl ControlSocket {
     /// # Errors
     ///
     /// Fails as making a socket does.
-    pub(super) fn open(path: PathBuf, devices: &[DeviceHandle]) -> io::Result<Self> {
+    pub(super) fn open(path: PathBuf, roster: Roster, link: Link) -> io::Result<Self> {
         let kind = SocketType::SEQPACKET;
         let socket = socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
         bind(&socket, &SocketAddrUnix::new(&path)?)?;
-        let mut opened = Self { path, _serving: JoinSet::new() };
+        let counter = Arc::new(Counter { roster, link, operator: OnceLock::new() });
+        let mut opened = Self { path, counter: Arc::clone(&counter), _serving: JoinSet::new() };
         chmod(&opened.path, Mode::RUSR | Mode::WUSR)?;
         listen(&socket, BACKLOG)?;
         let listener = Packets::new(socket)?;
-        opened._serving.spawn(serve(listener, devices.into()));
+        opened._serving.spawn(serve(listener, counter));
         Ok(opened)
+    }
+
+    /// From now on the sandbox can be changed.
+    pub(super) fn employ(&self, operator: Operator) {
+        if self.counter.operator.set(operator).is_err() {
+            log::debug!("there is an operator already");
+        }
     }
 }
 
@@ -81,13 +103,13 @@ fn remove(path: &Path) {
     }
 }
 
-async fn serve(listener: Packets, devices: Arc<[DeviceHandle]>) {
+async fn serve(listener: Packets, counter: Arc<Counter>) {
     let mut clients = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept(), if clients.len() < MOST_CLIENTS => match accepted {
                 Ok(client) => {
-                    clients.spawn(attend(client, Arc::clone(&devices)));
+                    clients.spawn(attend(client, Arc::clone(&counter)));
                 }
                 Err(error) => {
                     log::debug!("a client can't be taken: {error}");
@@ -99,7 +121,7 @@ async fn serve(listener: Packets, devices: Arc<[DeviceHandle]>) {
     }
 }
 
-async fn attend(client: Packets, devices: Arc<[DeviceHandle]>) {
+async fn attend(client: Packets, counter: Arc<Counter>) {
     match is_trusted(&client) {
         Ok(true) => {}
         Ok(false) => return log::warn!("somebody else's request is not taken"),
@@ -111,12 +133,12 @@ async fn attend(client: Packets, devices: Arc<[DeviceHandle]>) {
         _ => return log::debug!("a client says nothing"),
     };
     let answer = match vmm::decode(&buffer[..received.len_bytes]) {
-        Ok(request) => carry_out(request, &devices).await,
+        Ok(request) => carry_out(request, &counter).await,
         Err(error) => Answer::Refused(format!("the request is {error}")),
     };
     let sent = async {
         let datagram = vmm::encode(&answer).map_err(io::Error::other)?;
-        timeout(PATIENCE, client.send(&datagram, None)).await?
+        timeout(PATIENCE, client.send(&datagram, &[])).await?
     };
     if let Err(error) = sent.await {
         log::debug!("a client does not take its answer: {error}");
@@ -128,31 +150,54 @@ fn is_trusted(client: &Packets) -> io::Result<bool> {
     Ok(peer.is_root() || peer == geteuid())
 }
 
-async fn carry_out(request: Request, devices: &[DeviceHandle]) -> Answer {
-    match request {
-        Request::ListDevices => Answer::Devices(devices.iter().map(describe).collect()),
+async fn carry_out(request: Request, counter: &Counter) -> Answer {
+    let change = match request {
+        Request::ListDevices => return Answer::Devices(counter.list().await),
         Request::ReplaceDevice { device, program } => {
-            let Some(handle) = devices.iter().find(|handle| handle.id == device) else {
-                return Answer::Refused(format!("there is no device `{device}`"));
-            };
-            match handle.replace(program.map(PathBuf::from)).await {
-                Ok(unserved) => {
-                    let unserved_ms = u64::try_from(unserved.as_millis()).unwrap_or(u64::MAX);
-                    Answer::Replaced { unserved_ms }
-                }
-                Err(ReplaceError::FellBack(why)) => Answer::FellBack(why),
-                Err(ReplaceError::NotBack(why)) => Answer::NotBack(why),
-                Err(error) => Answer::Refused(error.to_string()),
+            return counter.replace(&device, program.map(PathBuf::from)).await;
+        }
+        Request::Resize { cpus, memory_bytes } => Change::Resize { cpus, memory_bytes },
+        Request::AddDevice(new) => Change::Add(new),
+        Request::RemoveDevice { device } => Change::Remove(device),
+    };
+    match counter.operator.get() {
+        Some(operator) => operator.carry_out(change).await,
+        None => Answer::Refused("the sandbox's container does not run yet".to_owned()),
+    }
+}
+
+impl Counter {
+    async fn list(&self) -> Vec<Device> {
+        let told = self.link.status(TOLD_WITHIN).await;
+        let told = told.map_err(|error| log::debug!("{}", error_chain(&error))).ok();
+        let handles = self.roster.all();
+        handles.iter().map(|handle| describe(handle, told.as_ref())).collect()
+    }
+
+    async fn replace(&self, device: &str, program: Option<PathBuf>) -> Answer {
+        let Some(handle) = self.roster.find(device) else {
+            return Answer::Refused(format!("there is no device `{device}`"));
+        };
+        match handle.replace(program).await {
+            Ok(unserved) => {
+                let unserved_ms = u64::try_from(unserved.as_millis()).unwrap_or(u64::MAX);
+                Answer::Replaced { unserved_ms }
             }
+            Err(ReplaceError::FellBack(why)) => Answer::FellBack(why),
+            Err(ReplaceError::NotBack(why)) => Answer::NotBack(why),
+            Err(error) => Answer::Refused(error.to_string()),
         }
     }
 }
 
-fn describe(handle: &DeviceHandle) -> Device {
+fn describe(handle: &DeviceHandle, told: Option<&Status>) -> Device {
     let view = handle.view();
+    let told = told.and_then(|told| told.devices.iter().find(|device| device.id == handle.id()));
+    // What is no address is not repeated.
+    let address = told.and_then(|told| told.address.parse::<PciAddress>().ok());
     Device {
-        id: handle.id.clone(),
-        kind: handle.kind.to_owned(),
+        id: handle.id().to_owned(),
+        kind: handle.device.kind().to_owned(),
         state: match view.condition {
             Condition::Serving => DeviceState::Serving,
             Condition::Lost => DeviceState::Lost,
@@ -163,6 +208,8 @@ fn describe(handle: &DeviceHandle) -> Device {
         program: view.program.display().to_string(),
         restarts: view.restarts,
         restartable: handle.is_restartable,
+        address: address.map(|address| address.to_string()),
+        leaving: told.is_some_and(|told| told.leaving),
     }
 }
 

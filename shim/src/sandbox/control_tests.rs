@@ -6,7 +6,9 @@ use super::*;
 use crate::{
     backends::{self, View},
     devices::{self, DeviceError},
+    plan::DevicePlan,
     record::tests::record,
+    vmm::pair,
 };
 
 /// A socket of a supervisor with a disk that has a keeper, and one more device that has none.
@@ -18,13 +20,19 @@ fn open(folder: &tempfile::TempDir) -> (ControlSocket, PathBuf, backends::Desk) 
         restarts: 3,
     };
     let changed = Arc::new(Notify::new());
-    let handle = |id, kind, is_restartable| {
-        DeviceHandle::new(id, kind, is_restartable, view.clone(), Arc::clone(&changed))
+    let handle = |device, is_restartable| {
+        DeviceHandle::new(device, is_restartable, view.clone(), Arc::clone(&changed))
     };
-    let (disk, desk) = handle("disk-0", "blk", true);
-    let (vsock, _) = handle("vsock", "vsock", false);
+    let (serial, image) = ("disk-0".to_owned(), "/disk.img".into());
+    let (disk, desk) = handle(DevicePlan::Disk { serial, path: image, read_only: false }, true);
+    let (vsock, _) = handle(DevicePlan::Vsock { cid: 3 }, false);
+    let roster = Roster::default();
+    roster.add(vsock);
+    roster.add(disk);
     let path = folder.path().join("ctl");
-    let socket = ControlSocket::open(path.clone(), &[vsock, disk]).unwrap();
+    // A VMM that is gone tells nothing.
+    let (link, _, _) = pair(&[]).unwrap();
+    let socket = ControlSocket::open(path.clone(), roster, link).unwrap();
     (socket, path, desk)
 }
 
@@ -79,7 +87,7 @@ async fn what_makes_no_sense_is_refused_with_its_reason() {
         assert_eq!(refused.unwrap_err().to_string(), why);
     }
     let client = connect(&path).await;
-    client.send(b"\"fly\"", None).await.unwrap();
+    client.send(b"\"fly\"", &[]).await.unwrap();
     let mut buffer = vec![0; vmm::MAX_BYTES];
     let received = client.receive(&mut buffer).await.unwrap();
     let answer = vmm::decode::<Answer>(&buffer[..received.len_bytes]).unwrap();

@@ -1,8 +1,12 @@
 //! The steps of making a sandbox, one type each. See [`crate::sandbox`] for the chain.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    collections::BTreeMap,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use nacre_proto::agent::CreateContainerRequest;
+use tokio::sync::{Mutex, mpsc};
 
 use crate::{
     agent::{Agent, ProcessId},
@@ -13,7 +17,12 @@ use crate::{
     plan::SandboxPlan,
     record::{Phase, ProcessRecord, Record, VERSION},
     registry::RegistryError,
-    sandbox::{Running, SandboxError, Settings, control::ControlSocket, host::HostResources},
+    sandbox::{
+        Running, SandboxError, Settings,
+        change::{Errand, Operator},
+        control::ControlSocket,
+        host::HostResources,
+    },
     streams::{Ends, Streams},
     timing::{self, Timeline},
     vmm::Vmm,
@@ -69,8 +78,11 @@ fn record(plan: &SandboxPlan) -> Record {
         rootfs: config.rootfs.clone(),
         cpus: config.cpus,
         memory_bytes: config.memory.0,
+        max_cpus: plan.max_cpus,
+        max_memory_bytes: plan.max_memory.0,
         children: Vec::new(),
         network: None,
+        added_networks: BTreeMap::new(),
         cgroup: None,
     }
 }
@@ -160,9 +172,10 @@ impl BackendsUp {
         let vmm = Vmm::start(&base.plan, &base.surroundings(&host)?, ends)?;
         let devices = backends.keep(&vmm.link());
         let path = base.files.control();
-        let control = ControlSocket::open(path.clone(), devices.handles())
+        let control = ControlSocket::open(path.clone(), devices.roster().clone(), vmm.link())
             .map_err(|source| SandboxError::Control { path, source })?;
-        let mut up = VmUp { control, vmm, devices, host, base };
+        let errands = mpsc::channel(1);
+        let mut up = VmUp { control, vmm, devices, errands, host, base };
         up.base.timeline.mark(timing::VMM_START);
         up.record_children()?;
         fault::point(Step::Vmm)?;
@@ -175,11 +188,25 @@ pub struct VmUp {
     pub(super) control: ControlSocket,
     pub(super) vmm: Vmm,
     pub(super) devices: Devices,
+    /// What changes of the sandbox need its own task for.
+    pub(super) errands: (mpsc::Sender<Errand>, mpsc::Receiver<Errand>),
     pub(super) host: HostResources,
     pub(super) base: Base,
 }
 
 impl VmUp {
+    fn operator(&self, agent: &Agent, container: &str) -> Result<Operator, CgroupError> {
+        Ok(Operator {
+            link: self.vmm.link(),
+            agent: agent.clone(),
+            surroundings: self.base.surroundings(&self.host)?,
+            roster: self.devices.roster().clone(),
+            container: container.to_owned(),
+            errands: self.errands.0.clone(),
+            turn: Mutex::default(),
+        })
+    }
+
     /// Writes down which processes there are now.
     pub(super) fn record_children(&mut self) -> Result<(), RegistryError> {
         let mut children = self.devices.records();
@@ -232,6 +259,7 @@ impl AgentUp {
                 registration.stay();
             }
         }
+        vm.control.employ(vm.operator(&agent, &process.container)?);
         Ok(Running::new(process, agent, streams, vm))
     }
 }

@@ -3,11 +3,14 @@
 use crate::{
     cgroup::{self, Cgroup},
     fault::{self, Step},
-    network::{self, Network},
+    network::{self, Network, NetworkError},
     plan::SandboxPlan,
     registry::{Registration, RegistryError},
     sandbox::SandboxError,
 };
+
+/// The id of the nic that a sandbox begins with.
+const FIRST_NIC: &str = "net";
 
 /// Registration, network and cgroup. Dropping it takes them down.
 #[derive(Debug)]
@@ -29,12 +32,28 @@ impl HostResources {
         if plan.config.network
             && let Some(registration) = &mut resources.registration
         {
-            resources.network = Some(network::create(registration)?);
+            resources.network = Some(network::create(registration, None)?);
         }
         fault::point(Step::Network)?;
         resources.limit(plan)?;
         fault::point(Step::Cgroup)?;
         Ok(resources)
+    }
+
+    /// Makes a network for a device that the sandbox is given while it runs.
+    pub(super) fn make_network(&mut self, device: &str) -> Result<Network, NetworkError> {
+        let registration = self.registration.as_mut().ok_or(NetworkError::Unregistered)?;
+        network::create(registration, Some(device))
+    }
+
+    /// Takes down the network of a device that is gone, if it had one.
+    pub(super) fn end_network(&mut self, device: &str) {
+        let Some(registration) = &mut self.registration else { return };
+        if device == FIRST_NIC {
+            drop(self.network.take());
+            registration.release_first_network();
+        }
+        registration.release_network(device);
     }
 
     fn limit(&mut self, plan: &SandboxPlan) -> Result<(), SandboxError> {
@@ -70,7 +89,7 @@ impl HostResources {
         drop(self.cgroup.take());
         drop(self.network.take());
         if let Some(registration) = &mut self.registration {
-            registration.release_network();
+            registration.release_networks();
         }
     }
 }

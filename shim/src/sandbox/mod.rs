@@ -14,6 +14,7 @@
 //! VMM, the backends, network and cgroup, the folder. From the VMM's start on, every wait is also
 //! a wait for the death of a process, and a death is reported as what it is.
 
+mod change;
 mod connect;
 mod control;
 mod create;

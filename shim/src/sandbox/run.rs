@@ -118,8 +118,8 @@ impl Running {
                 }
             }
         };
-        let VmUp { control, vmm, mut devices, host, mut base } = vm;
-        drop(control);
+        let VmUp { control, vmm, mut devices, errands, host, mut base } = vm;
+        drop((control, errands));
         drop(vmm);
         devices.stop(OFF_WITHIN).await;
         drop(devices);

@@ -11,7 +11,7 @@ use crate::{
     backends::{BackendError, Happening},
     child::{ChildError, End},
     log_file,
-    sandbox::{SandboxError, create::VmUp},
+    sandbox::{SandboxError, change::Errand, create::VmUp},
     vmm,
 };
 
@@ -30,6 +30,7 @@ impl VmUp {
     pub(super) async fn death(&mut self) -> SandboxError {
         loop {
             let happening = tokio::select! {
+                biased;
                 end = self.vmm.child().ended() => match end {
                     Ok(end) => return self.vmm_ended(end).await,
                     Err(error) => return BackendError::Child(ChildError::Watch {
@@ -38,16 +39,58 @@ impl VmUp {
                     }).into(),
                 },
                 happening = self.devices.next() => happening,
+                // Last: what happened before it is seen to first.
+                Some(errand) = self.errands.1.recv() => {
+                    self.run(errand);
+                    continue;
+                }
             };
             match happening {
                 Happening::GivenUp(error) => return self.backend_ended(error).await,
-                // Only what cleans up after a killed supervisor reads it.
-                Happening::Replaced => {
-                    if let Err(error) = self.record_children() {
-                        log::warn!("{error}");
-                    }
+                Happening::Gone(device) => {
+                    log::info!("`{device}` is gone");
+                    self.host.end_network(&device);
+                    self.write_children();
+                }
+                Happening::Replaced => self.write_children(),
+            }
+        }
+    }
+
+    /// Does what a change of the sandbox needs done.
+    fn run(&mut self, errand: Errand) {
+        match errand {
+            Errand::Keep(backend) => {
+                self.devices.keep(*backend, &self.vmm.link());
+                self.write_children();
+            }
+            Errand::MakeNetwork(device, answer) => {
+                if answer.send(self.host.make_network(&device)).is_err() {
+                    self.host.end_network(&device);
                 }
             }
+            Errand::EndNetwork(device) => self.host.end_network(&device),
+            Errand::Record(now) => {
+                let Some(registration) = &mut self.host.registration else { return };
+                let written = registration.update(|record| {
+                    (record.cpus, record.memory_bytes) = (now.cpus, now.memory_bytes);
+                });
+                if let Err(error) = written {
+                    log::warn!("{error}");
+                }
+            }
+            Errand::Settle(answer) => {
+                if answer.send(()).is_err() {
+                    log::debug!("nobody waits for what was seen to");
+                }
+            }
+        }
+    }
+
+    /// Only what cleans up after a killed supervisor reads it.
+    fn write_children(&mut self) {
+        if let Err(error) = self.record_children() {
+            log::warn!("{error}");
         }
     }
 

@@ -15,22 +15,23 @@ use std::{
     time::Duration,
 };
 
-use nacre_proto::vmm::{self, Command, Event, Outcome, Reply, Request, Status, Told};
+use nacre_proto::{
+    pci::PciAddress,
+    vmm::{self, Command, NewDevice, Outcome, Reply, Request, Status, Told},
+};
 use tokio::{
     sync::{oneshot, watch},
     time::timeout,
 };
 
-use crate::{log_file, packets::Packets, vmm::VmmError};
-
-/// That a device was lost, the last time.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Loss {
-    /// The number of the datagram that told it; 0: it never was.
-    pub(crate) number: u64,
-    /// What the VMM says about it, fit for a log.
-    pub(crate) reason: String,
-}
+use crate::{
+    log_file,
+    packets::Packets,
+    vmm::{
+        VmmError,
+        news::{DeviceNews, News, ResourceNews},
+    },
+};
 
 /// An answer.
 #[derive(Debug)]
@@ -41,27 +42,38 @@ pub(crate) struct Answer {
     pub(crate) outcome: Outcome,
 }
 
+/// What the guest makes of being asked to let go of something.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Parting {
+    /// It is gone.
+    Gone,
+    /// The guest does not let go, and why.
+    Kept(String),
+    /// The guest has not said anything in time.
+    Silent,
+}
+
 /// A way to ask the VMM, to be copied freely.
 #[derive(Clone, Debug)]
 pub(crate) struct Link {
     shared: Arc<Shared>,
-    losses: HashMap<String, watch::Receiver<Loss>>,
 }
 
 #[derive(Debug)]
 struct Shared {
     socket: Packets,
     next_id: AtomicU64,
+    /// The number of the last datagram that came.
+    heard: AtomicU64,
     /// Whoever asks waits here for whoever listens; `None` once the VMM has hung up.
     waiting: Mutex<Option<HashMap<u64, oneshot::Sender<Answer>>>>,
+    news: News,
 }
 
 /// What listens to the VMM: to be polled as long as there is one.
 #[derive(Debug)]
 pub(crate) struct Listener {
     shared: Arc<Shared>,
-    losses: HashMap<String, watch::Sender<Loss>>,
-    number: u64,
     has_complained: bool,
 }
 
@@ -71,25 +83,37 @@ pub(crate) fn pair(devices: &[&str]) -> io::Result<(Link, Listener, OwnedFd)> {
     let shared = Arc::new(Shared {
         socket,
         next_id: AtomicU64::new(1),
+        heard: AtomicU64::new(0),
         waiting: Mutex::new(Some(HashMap::new())),
+        news: News::of(devices),
     });
-    let channels = devices.iter().map(|id| ((*id).to_owned(), watch::channel(Loss::default())));
-    let (senders, receivers) =
-        channels.map(|(id, (sender, receiver))| ((id.clone(), sender), (id, receiver))).unzip();
-    let listener =
-        Listener { shared: Arc::clone(&shared), losses: senders, number: 0, has_complained: false };
-    Ok((Link { shared, losses: receivers }, listener, theirs))
+    let listener = Listener { shared: Arc::clone(&shared), has_complained: false };
+    Ok((Link { shared }, listener, theirs))
 }
 
 impl Link {
-    /// When `device` was lost; the channel closes when the VMM hangs up. It is closed from the
-    /// beginning if there is no such device.
-    pub(crate) fn losses(&self, device: &str) -> watch::Receiver<Loss> {
-        let known = self.losses.get(device).cloned();
-        known.unwrap_or_else(|| watch::channel(Loss::default()).1)
+    /// What the VMM tells of `device`; the channel closes when the VMM hangs up or has the device
+    /// no more. It is closed from the beginning if there is no such device.
+    pub(crate) fn news(&self, device: &str) -> watch::Receiver<DeviceNews> {
+        self.shared.news.of_device(device)
     }
 
-    /// Asks, with a descriptor beside the request if `command` needs one.
+    /// What the VMM tells of processors.
+    pub(crate) fn cpus(&self) -> watch::Receiver<ResourceNews> {
+        self.shared.news.cpus.subscribe()
+    }
+
+    /// What the VMM tells of memory.
+    pub(crate) fn memory(&self) -> watch::Receiver<ResourceNews> {
+        self.shared.news.memory.subscribe()
+    }
+
+    /// The number of the last datagram that came.
+    pub(crate) fn heard(&self) -> u64 {
+        self.shared.heard.load(Ordering::Relaxed)
+    }
+
+    /// Asks, with the descriptors beside the request that `command` needs.
     ///
     /// # Errors
     ///
@@ -97,7 +121,7 @@ impl Link {
     pub(crate) async fn ask(
         &self,
         command: Command,
-        beside: Option<BorrowedFd<'_>>,
+        beside: &[BorrowedFd<'_>],
         limit: Duration,
     ) -> Result<Answer, VmmError> {
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
@@ -112,18 +136,91 @@ impl Link {
         timeout(limit, asked).await.map_err(elapsed)?
     }
 
+    /// Asks for something that is done or begun, or refused.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::ask`], and if it is refused.
+    pub(crate) async fn have_done(
+        &self,
+        command: Command,
+        limit: Duration,
+    ) -> Result<(), VmmError> {
+        match self.ask(command, &[], limit).await?.outcome {
+            Outcome::Done => Ok(()),
+            other => Err(not_expected(other)),
+        }
+    }
+
     /// How the VM is, if the VMM tells within `limit`.
     ///
     /// # Errors
     ///
     /// Fails if it does not.
     pub(crate) async fn status(&self, limit: Duration) -> Result<Status, VmmError> {
-        match self.ask(Command::Status, None, limit).await?.outcome {
+        match self.ask(Command::Status, &[], limit).await?.outcome {
             Outcome::Status(status) => Ok(status),
-            Outcome::Refused(why) => Err(VmmError::Refused(log_file::printable(&why))),
-            Outcome::Done | Outcome::Added { .. } => Err(VmmError::Refused("no status".to_owned())),
+            other => Err(not_expected(other)),
         }
     }
+
+    /// Adds a device, whose news can be had from then on; answers where the guest finds it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::ask`], and if it is refused or what comes is no address.
+    pub(crate) async fn add_device(
+        &self,
+        device: NewDevice,
+        beside: &[BorrowedFd<'_>],
+        limit: Duration,
+    ) -> Result<PciAddress, VmmError> {
+        let id = device.id.clone();
+        // Before it is there: it may be lost in the next moment.
+        self.shared.news.add(&id);
+        let answer = self.ask(Command::AddDevice { device }, beside, limit).await;
+        let address = match answer.map(|answer| answer.outcome) {
+            Ok(Outcome::Added { address }) => {
+                address.parse().map_err(|error| VmmError::Refused(format!("{error}")))
+            }
+            Ok(other) => Err(not_expected(other)),
+            Err(error) => Err(error),
+        };
+        if address.is_err() {
+            self.shared.news.forget(&id);
+        }
+        address
+    }
+
+    /// Has the guest let go of a device; answers what became of that within `guest_limit`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::ask`], and if it is refused.
+    pub(crate) async fn remove_device(
+        &self,
+        device: &str,
+        limit: Duration,
+        guest_limit: Duration,
+    ) -> Result<Parting, VmmError> {
+        let (mut news, before) = (self.news(device), self.heard());
+        self.have_done(Command::RemoveDevice { device: device.to_owned() }, limit).await?;
+        let parted = news.wait_for(|news| news.is_removed || news.kept.number > before);
+        match timeout(guest_limit, parted).await {
+            Err(_elapsed) => Ok(Parting::Silent),
+            Ok(Err(_closed)) => Err(hung_up()),
+            Ok(Ok(news)) if news.is_removed => Ok(Parting::Gone),
+            Ok(Ok(news)) => Ok(Parting::Kept(news.kept.reason.clone())),
+        }
+    }
+}
+
+/// An outcome that was not asked for: most likely a refusal.
+fn not_expected(outcome: Outcome) -> VmmError {
+    VmmError::Refused(match outcome {
+        Outcome::Refused(why) => log_file::printable(&why),
+        _ => "not what was asked for".to_owned(),
+    })
 }
 
 /// Takes back what is expected when nobody waits for it any more.
@@ -171,8 +268,7 @@ impl Listener {
     }
 
     fn take(&mut self, datagram: &[u8]) {
-        self.number += 1;
-        let number = self.number;
+        let number = self.shared.heard.fetch_add(1, Ordering::Relaxed) + 1;
         match vmm::decode(datagram) {
             Ok(Told::Reply(Reply { id, outcome })) => {
                 // Nobody waits any more, or nobody ever asked: either way it changes nothing.
@@ -182,14 +278,7 @@ impl Listener {
                     log::debug!("nobody waits for {answer:?}");
                 }
             }
-            Ok(Told::Event(Event::DeviceLost { device, reason })) => {
-                if let Some(losses) = self.losses.get(&device) {
-                    let reason = log_file::printable(&reason);
-                    log::debug!("nacre-vmm lost `{device}`: {reason}");
-                    losses.send_replace(Loss { number, reason });
-                }
-            }
-            Ok(Told::Event(other)) => log::debug!("nacre-vmm tells: {other:?}"),
+            Ok(Told::Event(event)) => self.shared.news.take(number, event),
             // Once: a VMM that was taken over could say it for ever.
             Err(error) if !self.has_complained => {
                 self.has_complained = true;
@@ -204,68 +293,10 @@ impl Drop for Listener {
     fn drop(&mut self) {
         // Whoever waits learns that no answer will come.
         *self.shared.waiting.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.shared.news.end();
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const LIMIT: Duration = Duration::from_secs(20);
-
-    async fn heard(vmm: &Packets) -> Request {
-        let mut buffer = vec![0; vmm::MAX_BYTES];
-        let received = vmm.receive(&mut buffer).await.unwrap();
-        vmm::decode(&buffer[..received.len_bytes]).unwrap()
-    }
-
-    async fn tell(vmm: &Packets, told: &Told) {
-        vmm.send(&vmm::encode(told).unwrap(), None).await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn answers_reach_who_asked_in_any_order_and_events_who_cares() {
-        let (link, listener, theirs) = pair(&["root"]).unwrap();
-        let listener = tokio::spawn(listener.listen());
-        let vmm = Packets::new(theirs).unwrap();
-        let mut losses = link.losses("root");
-        assert!(link.losses("other").changed().await.is_err());
-        let answering = async {
-            let mut requests = [heard(&vmm).await, heard(&vmm).await];
-            requests.sort_by_key(|request| request.command == Command::Stop);
-            let [first, second] = requests.map(|request| request.id);
-            vmm.send(b"nonsense", None).await.unwrap();
-            let (device, reason) = ("root".to_owned(), "hung\nup".to_owned());
-            tell(&vmm, &Told::Event(Event::DeviceLost { device, reason })).await;
-            let outcome = Outcome::Refused("no".to_owned());
-            tell(&vmm, &Told::Reply(Reply { id: second, outcome })).await;
-            tell(&vmm, &Told::Reply(Reply { id: 999, outcome: Outcome::Done })).await;
-            tell(&vmm, &Told::Reply(Reply { id: first, outcome: Outcome::Done })).await;
-        };
-        let (first, second, ()) = tokio::join!(
-            link.ask(Command::PowerButton, None, LIMIT),
-            link.ask(Command::Stop, None, LIMIT),
-            answering,
-        );
-        assert_eq!(first.unwrap().outcome, Outcome::Done);
-        let second = second.unwrap();
-        assert_eq!(second.outcome, Outcome::Refused("no".to_owned()));
-        let loss = losses.borrow_and_update().clone();
-        assert_eq!((loss.number, loss.reason.as_str()), (2, "hung up"));
-        assert_eq!(second.number, 3);
-        drop(vmm);
-        listener.await.unwrap();
-        assert!(losses.changed().await.is_err());
-        assert!(link.ask(Command::Stop, None, LIMIT).await.is_err());
-    }
-
-    #[tokio::test]
-    async fn a_mute_vmm_holds_nobody_up_for_longer_than_asked() {
-        let (link, listener, _theirs) = pair(&[]).unwrap();
-        let _listening = tokio::spawn(listener.listen());
-        let mute = link.ask(Command::Status, None, Duration::from_millis(20)).await;
-        assert!(
-            matches!(mute, Err(VmmError::Control(error)) if error.kind() == io::ErrorKind::TimedOut)
-        );
-    }
-}
+#[path = "link_tests.rs"]
+mod tests;

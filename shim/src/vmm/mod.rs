@@ -2,6 +2,7 @@
 //! listened to where the guest's kernel prints.
 
 mod link;
+mod news;
 
 use std::{
     io,
@@ -19,7 +20,8 @@ use crate::{
     plan::{DevicePlan, SandboxPlan},
 };
 
-pub(crate) use link::{Link, Loss, pair};
+pub(crate) use link::{Link, Parting, pair};
+pub(crate) use news::{DeviceNews, ResourceNews};
 
 /// How much of what the guest's kernel prints is kept, in bytes; once more before that.
 const CONSOLE_BYTES: u64 = 1 << 20;

@@ -49,7 +49,7 @@ async fn ground(failures: u32) -> Ground {
         restarts: 0,
     };
     let changed = Arc::new(Notify::new());
-    let (handle, desk) = DeviceHandle::new("disk-0", "blk", true, view, changed);
+    let (handle, desk) = DeviceHandle::new(device, true, view, changed);
     ready(&process.child, &mut process.ready, LIMIT).await.unwrap();
     let mut keeper = Keeper::new(blueprint, estate, link, desk);
     for _ in 0..failures {
@@ -80,7 +80,7 @@ impl Ground {
     }
 
     async fn tell(&self, told: &Told) {
-        self.vmm.send(&vmm::encode(told).unwrap(), None).await.unwrap();
+        self.vmm.send(&vmm::encode(told).unwrap(), &[]).await.unwrap();
     }
 
     /// Waits for a request and gives its id, if it is as expected.
@@ -258,4 +258,23 @@ async fn a_disk_that_is_gone_gets_a_stand_in() {
     ground.answer(reconnect(), Outcome::Done).await;
     let fails = |view: &View| view.condition == Condition::Failing;
     timeout(LIMIT, ground.handle.watch().wait_for(fails)).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_device_that_is_removed_ends_with_its_process_in_every_state() {
+    let removed = || Told::Event(Event::DeviceRemoved { device: "disk-0".to_owned() });
+    // Serving.
+    let ground_one = ground(0).await;
+    ground_one.tell(&removed()).await;
+    timeout(LIMIT, ground_one.kept).await.unwrap().unwrap().unwrap();
+    ground_one.handle.ended().await;
+    // Lost, with a program that never serves: no failure of the sandbox.
+    let ground_two = ground(0).await;
+    write(&ground_two.folder, "nacre-blk", "sleep 0.1; exit 1");
+    ground_two.kill();
+    ground_two.lose().await;
+    let mut view = ground_two.handle.watch();
+    timeout(LIMIT, view.wait_for(|view| view.condition == Condition::Lost)).await.unwrap().unwrap();
+    ground_two.tell(&removed()).await;
+    timeout(LIMIT, ground_two.kept).await.unwrap().unwrap().unwrap();
 }

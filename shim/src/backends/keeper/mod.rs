@@ -14,7 +14,8 @@
 //! Where a disk's image is gone, a stand-in that fails all requests serves instead of giving up.
 //!
 //! A new process is never started before the old one is gone, with all that it left taken in: two
-//! of them would act on one resource. When the VMM hangs up it is over, in every state.
+//! of them would act on one resource. When the VMM hangs up, or has the device no more, it is over, in
+//! every state.
 
 mod succession;
 
@@ -40,7 +41,7 @@ use crate::{
     },
     child::End,
     error_chain,
-    vmm::{Link, Loss},
+    vmm::{DeviceNews, Link},
 };
 use succession::{LATER, SOON};
 
@@ -59,7 +60,7 @@ pub(super) struct Keeper {
     /// What the next process is started from.
     program: PathBuf,
     link: Link,
-    losses: watch::Receiver<Loss>,
+    news: watch::Receiver<DeviceNews>,
     desk: Desk,
     patience: Patience,
     /// Losses up to this number are over and done with.
@@ -118,13 +119,13 @@ enum Woken {
 impl Keeper {
     /// A keeper of a device whose first process is known to the VMM.
     pub(super) fn new(blueprint: Blueprint, estate: Estate, link: Link, desk: Desk) -> Self {
-        let losses = link.losses(blueprint.device.id());
+        let news = link.news(blueprint.device.id());
         Self {
             program: blueprint.program(),
             blueprint,
             estate,
             link,
-            losses,
+            news,
             desk,
             patience: Patience::default(),
             settled: 0,
@@ -133,12 +134,25 @@ impl Keeper {
         }
     }
 
-    /// Keeps the device served until the VMM is gone.
+    /// Keeps the device served until the VMM is gone, or has it no more.
     ///
     /// # Errors
     ///
     /// Fails if the device can't be served any more.
-    pub(super) async fn keep(mut self, process: Process) -> Result<(), BackendError> {
+    pub(super) async fn keep(self, process: Process) -> Result<(), BackendError> {
+        let news = self.news.clone();
+        let kept = self.keep_until_over(process).await;
+        match kept {
+            // Nobody needs it any more, so nothing is lost with its process.
+            Err(error) if news.borrow().is_removed => {
+                log::debug!("removed, and before that: {error}");
+                Ok(())
+            }
+            kept => kept,
+        }
+    }
+
+    async fn keep_until_over(mut self, process: Process) -> Result<(), BackendError> {
         let mut serving = process;
         loop {
             let next = match self.serve(serving).await {
@@ -160,7 +174,7 @@ impl Keeper {
         let seen = tokio::select! {
             biased;
             error = how_ended(&process.child) => Seen::Ended(error),
-            reason = lost(&mut self.losses, self.settled) => Seen::Lost(reason),
+            reason = lost(&mut self.news, self.settled) => Seen::Lost(reason),
             fault = self.estate.keep_taking(&mut process.counter) => Seen::Misused(fault),
             Some(order) = self.desk.orders.recv() => Seen::Ordered(order),
         };
@@ -249,7 +263,7 @@ impl Keeper {
 
     /// Whether a process that ended in order did so because the VMM is gone.
     async fn vmm_has_gone(&mut self) -> bool {
-        let told = timeout(SEEN_WITHIN, lost(&mut self.losses, self.settled)).await;
+        let told = timeout(SEEN_WITHIN, lost(&mut self.news, self.settled)).await;
         matches!(told, Ok(None))
     }
 
@@ -257,7 +271,7 @@ impl Keeper {
         tokio::select! {
             biased;
             Some(order) = self.desk.orders.recv() => Woken::ByOrder(order),
-            () = gone(&mut self.losses) => Woken::Over,
+            () = gone(&mut self.news) => Woken::Over,
             () = sleep(pause) => Woken::ByTime,
         }
     }
@@ -317,15 +331,15 @@ impl Keeper {
 }
 
 /// Waits until the VMM tells a loss after number `settled`, and answers its reason; `None` if it
-/// hangs up.
-async fn lost(losses: &mut watch::Receiver<Loss>, settled: u64) -> Option<String> {
-    let loss = losses.wait_for(|loss| loss.number > settled).await.ok()?;
-    Some(loss.reason.clone())
+/// hangs up or has the device no more.
+async fn lost(news: &mut watch::Receiver<DeviceNews>, settled: u64) -> Option<String> {
+    let news = news.wait_for(|news| news.lost.number > settled).await.ok()?;
+    Some(news.lost.reason.clone())
 }
 
-/// Waits until the VMM hangs up.
-async fn gone(losses: &mut watch::Receiver<Loss>) {
-    while losses.changed().await.is_ok() {}
+/// Waits until the VMM hangs up or has the device no more.
+async fn gone(news: &mut watch::Receiver<DeviceNews>) {
+    while news.changed().await.is_ok() {}
 }
 
 fn cause(error: &BackendError) -> Cause {

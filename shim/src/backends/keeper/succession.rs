@@ -39,13 +39,13 @@ impl Keeper {
         let device = self.blueprint.device.id().to_owned();
         let answer = tokio::select! {
             biased;
-            answer = self.link.ask(Command::Quiesce { device }, None, QUIET_WITHIN) => answer,
+            answer = self.link.ask(Command::Quiesce { device }, &[], QUIET_WITHIN) => answer,
             _fault = self.estate.keep_taking(&mut process.counter) => return Ok(()),
         };
         match answer.map(|answer| answer.outcome) {
             Ok(Outcome::Done) => self.is_awaited = true,
             Ok(Outcome::Refused(why)) => {
-                let is_lost = self.losses.borrow().number > self.settled
+                let is_lost = self.news.borrow().lost.number > self.settled
                     || process.child.ended_within(Duration::ZERO).await.is_some();
                 if !is_lost {
                     return Err(log_file::printable(&why));
@@ -88,11 +88,11 @@ impl Keeper {
     ) -> Result<Process, Failed> {
         let (mut process, socket) = self.blueprint.start(program, &self.estate, role)?;
         self.desk.started(process.child.record());
-        let mut losses = self.losses.clone();
+        let mut news = self.news.clone();
         let brought_up = tokio::select! {
             biased;
             brought_up = self.bring_up(&mut process, socket, limit) => brought_up,
-            () = gone(&mut losses) => Err(Failed::Over),
+            () = gone(&mut news) => Err(Failed::Over),
         };
         match brought_up {
             Ok(number) => {
@@ -125,17 +125,17 @@ impl Keeper {
                 Err(_elapsed) => return Err(self.blueprint.prepare()(error).into()),
             },
         }
-        let (link, losses) = (&self.link, &mut self.losses);
+        let (link, news) = (&self.link, &mut self.news);
         let (settled, is_awaited) = (self.settled, &mut self.is_awaited);
         let device = self.blueprint.device.id().to_owned();
         let work = async {
             ready(child, pipe, limit).await?;
             if !*is_awaited {
                 // If it does not tell, it says what is wrong when it is asked.
-                *is_awaited = timeout(SEEN_WITHIN, lost(losses, settled)).await.is_ok();
+                *is_awaited = timeout(SEEN_WITHIN, lost(news, settled)).await.is_ok();
             }
             let request = Command::Reconnect { device };
-            Ok::<_, BackendError>(link.ask(request, Some(socket.as_fd()), TAKEN_WITHIN).await)
+            Ok::<_, BackendError>(link.ask(request, &[socket.as_fd()], TAKEN_WITHIN).await)
         };
         let answer = tokio::select! {
             biased;

@@ -29,9 +29,12 @@ pub(crate) enum Command {
     Logs(Logs),
     /// End a sandbox: SIGTERM, then SIGKILL, then the machine itself.
     Stop(Stop),
-    /// Look at a sandbox's devices, or replace the process of one while the guest runs.
+    /// Look at a sandbox's devices, add and remove them, or replace the process of one, while the
+    /// guest runs.
     #[command(subcommand)]
     Device(Device),
+    /// Give a running sandbox more or fewer processors, more or less memory.
+    Resize(Resize),
     /// Remove a sandbox that has ended, and what is left of one whose supervisor died.
     Rm(Rm),
 }
@@ -75,9 +78,15 @@ pub(crate) struct Run {
     /// How many processors the guest has.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub(crate) cpus: u32,
+    /// How many processors it can be given later; as many as the host has unless told otherwise.
+    #[arg(long, value_name = "N")]
+    pub(crate) max_cpus: Option<u32>,
     /// How much memory the guest has.
     #[arg(long, default_value = "512M", value_name = "SIZE")]
     pub(crate) memory: ByteSize,
+    /// How much memory it can be given later; as much as the host has unless told otherwise.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) max_memory: Option<ByteSize>,
     /// A folder of the host for the container: HOST:GUEST or HOST:GUEST:ro.
     #[arg(long, short = 'v', value_name = "HOST:GUEST[:ro]")]
     pub(crate) volume: Vec<String>,
@@ -190,10 +199,26 @@ pub(crate) struct Rm {
     pub(crate) names: Vec<SandboxName>,
 }
 
+#[derive(Debug, Group)]
+pub(crate) struct Resize {
+    /// How many processors the guest is to have.
+    #[arg(long, value_name = "N", required_unless_present = "memory")]
+    pub(crate) cpus: Option<u32>,
+    /// How much memory the guest is to have, all together.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory: Option<ByteSize>,
+    /// Which sandbox.
+    pub(crate) name: SandboxName,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Device {
     /// List the devices and their processes.
     List(DeviceList),
+    /// Give the running sandbox another device, and print what the container knows it by.
+    Add(DeviceAdd),
+    /// Take a device from the running sandbox.
+    Remove(DeviceRemove),
     /// Replace a device's process by a new one of the same program.
     Restart(DeviceRestart),
     /// Replace a device's process by one of another program, which later ones are started from,
@@ -208,6 +233,40 @@ pub(crate) struct DeviceList {
     pub(crate) json: bool,
     /// Of which sandbox.
     pub(crate) name: SandboxName,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct DeviceAdd {
+    /// To which sandbox.
+    pub(crate) name: SandboxName,
+    #[command(subcommand)]
+    pub(crate) kind: DeviceKind,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DeviceKind {
+    /// A disk image or a block device: /dev/disk-0, /dev/disk-1 and so on in the container.
+    Disk {
+        /// The image.
+        #[arg(value_name = "FILE[:ro]")]
+        disk: String,
+    },
+    /// A folder of the host.
+    Share {
+        /// Where it is, and where the container is to have it.
+        #[arg(value_name = "HOST:GUEST[:ro]")]
+        volume: String,
+    },
+    /// A network interface with an address of its own.
+    Net,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct DeviceRemove {
+    /// From which sandbox.
+    pub(crate) name: SandboxName,
+    /// Which device.
+    pub(crate) device: String,
 }
 
 #[derive(Debug, Group)]
@@ -269,6 +328,12 @@ mod tests {
             "nacre run --rootfs /r --memory 1Q",
             "nacre run --rootfs /r --no-such-option ls",
             "nacre exec web",
+            "nacre resize web",
+            "nacre resize --cpus 2",
+            "nacre device add web",
+            "nacre device add web disk",
+            "nacre device add web net x",
+            "nacre device remove web",
             "nacre exec web --no-such-option ls",
         ] {
             assert!(parsed(line).is_err(), "{line}");

@@ -7,19 +7,20 @@ use std::{
 
 use nacre_proto::{
     exit::DeviceExit,
-    supervisor::{self, DeviceState},
+    supervisor::{self, DeviceState, NewDevice},
 };
 use serde_json::{Value, json};
 use shim::{
-    devices::{self, DeviceError},
+    devices::{self, Added, DeviceError},
     log_file, paths,
+    plan::Volume,
     registry::Registry,
 };
 
 use crate::{
-    args::{Device, DeviceList},
+    args::{Device, DeviceKind, DeviceList},
     failure::Failure,
-    runtime,
+    prepare, runtime,
 };
 
 pub(crate) fn device(command: &Device) -> Result<u8, Failure> {
@@ -28,6 +29,8 @@ pub(crate) fn device(command: &Device) -> Result<u8, Failure> {
         Device::List(args) => &args.name,
         Device::Restart(args) => &args.name,
         Device::Upgrade(args) => &args.name,
+        Device::Add(args) => &args.name,
+        Device::Remove(args) => &args.name,
     };
     let (_, files) = registry.find_running(name)?;
     let socket = files.control();
@@ -35,6 +38,12 @@ pub(crate) fn device(command: &Device) -> Result<u8, Failure> {
         Device::List(args) => list(&socket, args)?,
         Device::Restart(args) => replace(&socket, &args.device, None)?,
         Device::Upgrade(args) => replace(&socket, &args.device, args.binary.as_deref())?,
+        Device::Add(args) => add(&socket, &args.kind)?,
+        Device::Remove(args) => {
+            let removed = devices::remove(&socket, args.device.clone());
+            runtime()?.block_on(removed).map_err(|error| failure(&error))?;
+            format!("{}: removed\n", args.device)
+        }
     };
     io::stdout()
         .write_all(text.as_bytes())
@@ -59,18 +68,41 @@ fn replace(socket: &Path, device: &str, binary: Option<&Path>) -> Result<String,
     Ok(format!("{device}: replaced, not served for {unserved_ms} ms\n"))
 }
 
+fn add(socket: &Path, kind: &DeviceKind) -> Result<String, Failure> {
+    let new = match kind {
+        DeviceKind::Disk { disk } => {
+            let disk = prepare::disk(disk)?;
+            NewDevice::Disk { path: text(disk.path)?, read_only: disk.read_only }
+        }
+        DeviceKind::Share { volume } => {
+            let Volume { host, guest, read_only } = prepare::volume(volume)?;
+            NewDevice::Share { path: text(host)?, guest: text(guest)?, read_only }
+        }
+        DeviceKind::Net => NewDevice::Network,
+    };
+    let added = runtime()?.block_on(devices::add(socket, new)).map_err(|error| failure(&error))?;
+    let Added { device, address, places } = added;
+    let places: Vec<String> = places.iter().map(|place| log_file::printable(place)).collect();
+    Ok(format!("{device} {address} {}\n", places.join(" ")))
+}
+
 /// As the supervisor sees it, whose working folder is another one.
 fn absolute(binary: &Path) -> Result<String, Failure> {
-    let failed = |error| Failure::setup("the program", error);
-    let absolute: PathBuf = path::absolute(binary).map_err(failed)?;
-    let not_text = |_path| failed(io::Error::other("its path is no UTF-8"));
-    absolute.into_os_string().into_string().map_err(not_text)
+    text(path::absolute(binary).map_err(|error| Failure::setup("the program", error))?)
+}
+
+fn text(path: PathBuf) -> Result<String, Failure> {
+    let not_text =
+        |_path| Failure::setup("the command", io::Error::other("a path of it is no UTF-8"));
+    path.into_os_string().into_string().map_err(not_text)
 }
 
 fn failure(error: &DeviceError) -> Failure {
     let exit = match error {
         DeviceError::FellBack(_) => DeviceExit::FellBack,
         DeviceError::NotBack(_) => DeviceExit::NotBack,
+        DeviceError::Kept(_) => DeviceExit::Kept,
+        DeviceError::Leaving(_) => DeviceExit::Leaving,
         _ => DeviceExit::Refused,
     };
     Failure::of(error).with_code(exit.into())
@@ -78,6 +110,7 @@ fn failure(error: &DeviceError) -> Failure {
 
 fn state(device: &supervisor::Device) -> &'static str {
     match device.state {
+        _ if device.leaving => "leaving",
         DeviceState::Serving => "serving",
         DeviceState::Lost => "lost",
         DeviceState::Starting => "starting",
@@ -94,17 +127,21 @@ fn object(device: &supervisor::Device) -> Value {
         "restarts": device.restarts,
         "restartable": device.restartable,
         "program": device.program,
+        "address": device.address,
+        "leaving": device.leaving,
     })
 }
 
 fn table(devices: &[supervisor::Device]) -> String {
     let mut text = format!(
-        "{:12} {:6} {:9} {:>8} {:>9} PROGRAM\n",
-        "DEVICE", "KIND", "STATE", "PID", "RESTARTS"
+        "{:12} {:6} {:9} {:12} {:>8} {:>9} PROGRAM\n",
+        "DEVICE", "KIND", "STATE", "ADDRESS", "PID", "RESTARTS"
     );
     for device in devices {
         let supervisor::Device { id, kind, pid, restarts, program, .. } = device;
-        let line = format!("{id:12} {kind:6} {:9} {pid:>8} {restarts:>9} ", state(device));
+        let address = device.address.as_deref().unwrap_or("-");
+        let state = state(device);
+        let line = format!("{id:12} {kind:6} {state:9} {address:12} {pid:>8} {restarts:>9} ");
         text.push_str(&line);
         text.push_str(&log_file::printable(program));
         text.push('\n');

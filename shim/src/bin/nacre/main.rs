@@ -10,6 +10,7 @@ mod logs;
 mod permission;
 mod prepare;
 mod ps;
+mod resize;
 mod run;
 mod signals;
 mod stop;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         Command::Logs(logs) => logs::logs(&logs),
         Command::Stop(stop) => stop::stop(&stop),
         Command::Device(device) => device::device(&device),
+        Command::Resize(args) => resize::resize(&args),
         Command::Rm(rm) => stop::remove(&rm),
     };
     match result {

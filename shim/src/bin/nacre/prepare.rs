@@ -105,7 +105,9 @@ impl Request {
             rootfs,
             writable_rootfs: run.writable_rootfs,
             cpus: run.cpus,
+            max_cpus: run.max_cpus,
             memory: run.memory,
+            max_memory: run.max_memory,
             volumes: self.volumes.clone(),
             disks: self.disks.clone(),
             network: run.net,
@@ -145,7 +147,7 @@ fn from_here(variable: &str) -> Option<String> {
     env::var(variable).ok().map(|value| format!("{variable}={value}"))
 }
 
-fn volume(given: &str) -> Result<Volume, Failure> {
+pub(crate) fn volume(given: &str) -> Result<Volume, Failure> {
     let malformed = || Malformed {
         given: given.to_owned(),
         what: "volume: HOST:GUEST or HOST:GUEST:ro is expected",
@@ -162,7 +164,7 @@ fn volume(given: &str) -> Result<Volume, Failure> {
     Ok(Volume { host: absolute(host)?, guest: PathBuf::from(guest), read_only })
 }
 
-fn disk(given: &str) -> Result<Disk, Failure> {
+pub(crate) fn disk(given: &str) -> Result<Disk, Failure> {
     let (path, read_only) = match given.strip_suffix(":ro") {
         Some(path) => (path, true),
         None => (given, false),

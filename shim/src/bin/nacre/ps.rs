@@ -54,6 +54,8 @@ fn object(record: &Record) -> Value {
         "created_s": record.created_s,
         "cpus": record.cpus,
         "memory_bytes": record.memory_bytes,
+        "max_cpus": record.max_cpus,
+        "max_memory_bytes": record.max_memory_bytes,
         "address": record.network.as_ref().map(|network| network.guest),
         "command": record.command,
     })
