@@ -5,7 +5,7 @@ use std::{collections::HashSet, os::fd::RawFd, path::PathBuf};
 use clap::Parser;
 use log::LevelFilter;
 
-use crate::config::{Config, DeviceConfig, Endpoint, OnReset, SerialConfig};
+use crate::config::{AssignedConfig, Config, DeviceConfig, Endpoint, OnReset, SerialConfig};
 
 /// Runs one virtual machine whose devices are vhost-user processes.
 #[derive(Debug, Parser)]
@@ -33,6 +33,9 @@ pub struct Args {
     /// [,queue-size=N][,config=HEX].
     #[arg(long = "vhost-user", value_name = "DEVICE", value_parser = parse_device)]
     devices: Vec<DeviceConfig>,
+    /// A device of the host's: id=NAME,address=0000:01:00.0[,container-fd=N,group-fd=N,device-fd=N].
+    #[arg(long = "vfio", value_name = "DEVICE", value_parser = parse_assigned)]
+    assigned: Vec<AssignedConfig>,
     /// The serial port: none, stdio, fd=N or file=PATH.
     #[arg(long, value_name = "WHERE", default_value = "none", value_parser = parse_serial)]
     serial: SerialConfig,
@@ -72,9 +75,10 @@ impl Args {
     /// Fails if two arguments contradict each other.
     pub fn into_config(self) -> Result<Config, ArgsError> {
         let mut ids = HashSet::new();
-        for device in &self.devices {
-            if !ids.insert(&device.id) {
-                return Err(ArgsError::DuplicateId(device.id.clone()));
+        let device_ids = self.devices.iter().map(|device| &device.id);
+        for id in device_ids.chain(self.assigned.iter().map(|device| &device.id)) {
+            if !ids.insert(id) {
+                return Err(ArgsError::DuplicateId(id.clone()));
             }
         }
         let mut fds = HashSet::new();
@@ -82,8 +86,9 @@ impl Args {
             Endpoint::Fd(fd) => Some(fd),
             Endpoint::Socket(_) => None,
         });
+        let assigned_fds = self.assigned.iter().filter_map(|device| device.fds).flatten();
         let serial_fd = if let SerialConfig::Fd(fd) = self.serial { Some(fd) } else { None };
-        for fd in device_fds.chain(serial_fd).chain(self.control_fd) {
+        for fd in device_fds.chain(assigned_fds).chain(serial_fd).chain(self.control_fd) {
             if !fds.insert(fd) {
                 return Err(ArgsError::DuplicateFd(fd));
             }
@@ -96,6 +101,7 @@ impl Args {
             memory_bytes: self.memory,
             max_memory_bytes: self.max_memory.unwrap_or(self.memory),
             devices: self.devices,
+            assigned: self.assigned,
             serial: self.serial,
             on_reset: self.on_reset,
             control_fd: self.control_fd,
@@ -160,6 +166,34 @@ fn parse_hex(text: &str) -> Result<Vec<u8>, String> {
         .step_by(2)
         .map(|at| u8::from_str_radix(&text[at..at + 2], 16).map_err(|_error| error()))
         .collect()
+}
+
+fn parse_assigned(text: &str) -> Result<AssignedConfig, String> {
+    let (mut id, mut address) = (None, None);
+    let mut fds = [None; 3];
+    let mut keys = HashSet::new();
+    for part in text.split(',') {
+        let (key, value) =
+            part.split_once('=').ok_or_else(|| format!("{part:?} is no key=value"))?;
+        if value.is_empty() || !keys.insert(key) {
+            return Err(format!("{key} is empty or given twice"));
+        }
+        match key {
+            "id" => id = Some(value.to_owned()),
+            "address" => address = Some(value.parse().map_err(|error| format!("{error}"))?),
+            "container-fd" => fds[0] = Some(parse_fd(value)?),
+            "group-fd" => fds[1] = Some(parse_fd(value)?),
+            "device-fd" => fds[2] = Some(parse_fd(value)?),
+            _ => return Err(format!("{key} is unknown")),
+        }
+    }
+    let fds = match fds {
+        [None, None, None] => None,
+        [Some(container), Some(group), Some(device)] => Some([container, group, device]),
+        _ => return Err("container-fd, group-fd and device-fd go together".to_owned()),
+    };
+    let address = address.ok_or("address is missing")?;
+    Ok(AssignedConfig { id: id.ok_or("id is missing")?, address, fds })
 }
 
 fn parse_device(text: &str) -> Result<DeviceConfig, String> {
@@ -272,6 +306,24 @@ mod tests {
     }
 
     #[test]
+    fn a_device_of_the_host_s_has_an_address_and_all_descriptors_or_none() {
+        let address = "0000:01:00.0".parse().unwrap();
+        let bare = parse_assigned("id=disk,address=01:00.0");
+        assert_eq!(bare, Ok(AssignedConfig { id: "disk".to_owned(), address, fds: None }));
+        let whole = "id=disk,address=0000:01:00.0,container-fd=5,group-fd=6,device-fd=7";
+        assert_eq!(parse_assigned(whole).unwrap().fds, Some([5, 6, 7]));
+        for text in [
+            "id=disk",
+            "address=01:00.0",
+            "id=disk,address=1",
+            "id=disk,address=01:00.0,group-fd=6",
+            "id=disk,address=01:00.0,socket=x",
+        ] {
+            assert!(parse_assigned(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
     fn ids_and_descriptors_are_given_once() {
         let config = |args: &[&str]| {
             let args = ["nacre-vmm", "--kernel", "k"].iter().chain(args);
@@ -280,6 +332,10 @@ mod tests {
         let first = "id=a,fd=7,type=blk";
         assert_eq!(
             config(&["--vhost-user", first, "--vhost-user", "id=a,fd=8,type=net"]),
+            Err(ArgsError::DuplicateId("a".to_owned()))
+        );
+        assert_eq!(
+            config(&["--vhost-user", first, "--vfio", "id=a,address=01:00.0"]),
             Err(ArgsError::DuplicateId("a".to_owned()))
         );
         assert_eq!(

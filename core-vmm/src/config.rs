@@ -2,6 +2,8 @@
 
 use std::{os::fd::RawFd, path::PathBuf};
 
+use vfio::HostAddress;
+
 /// A whole VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -19,6 +21,8 @@ pub struct Config {
     pub max_memory_bytes: u64,
     /// Devices in the order of their PCI slots; ids are unique.
     pub devices: Vec<DeviceConfig>,
+    /// Devices of the host's, after the others; ids are unique among all.
+    pub assigned: Vec<AssignedConfig>,
     /// The serial port.
     pub serial: SerialConfig,
     /// What a reset by the guest does.
@@ -64,6 +68,17 @@ pub struct DeviceConfig {
     pub queue_size: Option<u16>,
     /// The configuration space, where the backend has none to give.
     pub config_space: Option<Vec<u8>>,
+}
+
+/// A device of the host's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AssignedConfig {
+    /// The supervisor's name for it.
+    pub id: String,
+    /// Where it is on the host.
+    pub address: HostAddress,
+    /// Its container, group and device, opened and tied together; without, they are opened here.
+    pub fds: Option<[RawFd; 3]>,
 }
 
 /// Where a backend is.

@@ -173,7 +173,7 @@ impl Control {
                 }
                 GuestEvent::Reset => {
                     log::info!("the guest resets");
-                    self.vm.begin_reset();
+                    self.vm.begin_reset()?;
                     self.resetting = true;
                     self.go_on_resetting()?;
                 }

@@ -1,4 +1,5 @@
-//! The VM's virtio devices: connected to their backends, put on the PCI bus, reset together.
+//! The VM's devices: virtio ones, connected to their backends, and the host's; put on the PCI bus,
+//! reset together.
 
 use std::{
     io,
@@ -8,14 +9,16 @@ use std::{
 };
 
 use kvm_ioctls::VmFd;
-use nacre_proto::vmm::DeviceStatus;
+use nacre_proto::vmm::{DeviceState, DeviceStatus};
+use vfio::{Opened, Sysfs, group};
 use vm_memory::GuestMemoryMmap;
 
 use crate::{
     bus::{BusBuilder, BusError, PCI_CONFIG_PORT},
-    config::{self, Endpoint},
+    config::{self, AssignedConfig, Endpoint},
     interrupt::MsiRouter,
-    memory::layout,
+    memory::{layout, slots::Slots},
+    passthrough::{self, AssignError, Assigned, Trouble},
     pci::{
         AddressRange, ConfigPorts, ECAM_LEN_BYTES, Ecam, MmioWindow, PciBus, PciError, PciWindows,
     },
@@ -65,6 +68,14 @@ pub enum DevicesError {
         /// Why.
         source: DeviceError,
     },
+    /// The host's device.
+    #[error("device {id}")]
+    Assign {
+        /// Which device.
+        id: String,
+        /// Why.
+        source: AssignError,
+    },
     /// No place on the bus.
     #[error("device {id} has no place on the bus")]
     Slot {
@@ -78,9 +89,57 @@ pub enum DevicesError {
 /// All devices and their bus.
 pub struct Devices {
     bus: Arc<PciBus>,
-    all: Vec<VirtioDevice>,
-    /// Where the guest finds each, in the same order.
-    addresses: Vec<String>,
+    router: Arc<MsiRouter>,
+    all: Vec<Attached>,
+}
+
+/// A device in its place.
+struct Attached {
+    device: Device,
+    /// Where the guest finds it.
+    address: String,
+}
+
+enum Device {
+    Virtio(VirtioDevice),
+    /// Boxed, as it is much larger.
+    Assigned(Box<Assigned>),
+}
+
+impl Attached {
+    fn as_virtio(&self) -> Option<&VirtioDevice> {
+        match &self.device {
+            Device::Virtio(device) => Some(device),
+            Device::Assigned(_) => None,
+        }
+    }
+
+    fn as_virtio_mut(&mut self) -> Option<&mut VirtioDevice> {
+        match &mut self.device {
+            Device::Virtio(device) => Some(device),
+            Device::Assigned(_) => None,
+        }
+    }
+
+    fn as_assigned_mut(&mut self) -> Option<&mut Assigned> {
+        match &mut self.device {
+            Device::Virtio(_) => None,
+            Device::Assigned(device) => Some(device),
+        }
+    }
+
+    fn status(&self) -> DeviceStatus {
+        match &self.device {
+            Device::Virtio(device) => device.status(&self.address),
+            Device::Assigned(device) => DeviceStatus {
+                id: device.name().to_owned(),
+                address: self.address.clone(),
+                state: DeviceState::Passthrough,
+                leaving: false,
+                reconnects: 0,
+            },
+        }
+    }
 }
 
 /// Connects to all backends and negotiates with them, side by side.
@@ -122,6 +181,24 @@ fn open(config: &config::DeviceConfig) -> Result<UnixStream, DevicesError> {
     }
 }
 
+/// A device of the host's, opened here or handed in.
+fn open_assigned(config: &AssignedConfig) -> Result<Opened, DevicesError> {
+    let id = || config.id.clone();
+    let Some([container, group, device]) = config.fds else {
+        return group::open(&Sysfs::default(), config.address)
+            .map_err(|error| DevicesError::Assign { id: id(), source: error.into() });
+    };
+    let own = |fd| {
+        sys::inherited_fd(fd).map_err(|source| DevicesError::Descriptor { id: id(), fd, source })
+    };
+    Ok(Opened { container: own(container)?, group: own(group)?, device: own(device)? })
+}
+
+fn failed(device: &Assigned) -> impl FnOnce(AssignError) -> DevicesError + use<> {
+    let id = device.name().to_owned();
+    |source| DevicesError::Assign { id, source }
+}
+
 impl Devices {
     /// Puts each on the bus, in the order given.
     ///
@@ -143,9 +220,9 @@ impl Devices {
         }));
         let irqchip = Arc::clone(vm);
         let doorbells = Arc::clone(vm);
-        let services = Services { router: Arc::new(MsiRouter::new(irqchip)), doorbells };
+        let router = Arc::new(MsiRouter::new(irqchip));
+        let services = Services { router: Arc::clone(&router), doorbells };
         let mut all = Vec::with_capacity(backends.len());
-        let mut addresses = Vec::with_capacity(backends.len());
         for backend in backends {
             let id = backend.kept().config.id.clone();
             let device = VirtioDevice::new(backend, &services)
@@ -154,10 +231,39 @@ impl Devices {
                 .attach(device.function())
                 .map_err(|source| DevicesError::Slot { id: id.clone(), source })?;
             log::info!("device {id} is in slot {}", slot.number());
-            all.push(device);
-            addresses.push(format!("0000:00:{:02x}.0", slot.number()));
+            let address = format!("0000:00:{:02x}.0", slot.number());
+            all.push(Attached { device: Device::Virtio(device), address });
         }
-        Ok(Self { bus, all, addresses })
+        Ok(Self { bus, router, all })
+    }
+
+    /// Puts the host's devices on the bus, in the order given, after the others.
+    ///
+    /// # Errors
+    ///
+    /// Fails if one can't be had, or there is no room for it.
+    pub fn assign(
+        &mut self,
+        configs: &[AssignedConfig],
+        vm: &Arc<VmFd>,
+        slots: &Slots,
+        memory: &GuestMemoryMmap,
+    ) -> Result<(), DevicesError> {
+        let services = passthrough::Services::new(vm, slots, &self.router);
+        for config in configs {
+            let id = || config.id.clone();
+            let device = Assigned::new(&config.id, open_assigned(config)?, &services, memory)
+                .map_err(|source| DevicesError::Assign { id: id(), source })?;
+            let slot = self
+                .bus
+                .attach(device.function())
+                .map_err(|source| DevicesError::Slot { id: id(), source })?;
+            let number = slot.number();
+            log::info!("device {} is {} of the host, in slot {number}", config.id, config.address);
+            let address = format!("0000:00:{number:02x}.0");
+            self.all.push(Attached { device: Device::Assigned(Box::new(device)), address });
+        }
+        Ok(())
     }
 
     /// Puts the PCI bus where vCPUs find it.
@@ -178,39 +284,47 @@ impl Devices {
 
     /// What is readable when a device wants [`Devices::process`], in order.
     pub fn ready_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.all.iter().map(VirtioDevice::ready_fd)
+        self.all.iter().map(|attached| match &attached.device {
+            Device::Virtio(device) => device.ready_fd(),
+            Device::Assigned(device) => device.ready_fd(),
+        })
     }
 
     /// Lets device `index` do what is to do.
     pub fn process(&mut self, index: usize, memory: &GuestMemoryMmap) {
-        if let Some(device) = self.all.get_mut(index) {
-            device.process(memory);
+        let Some(attached) = self.all.get_mut(index) else { return };
+        match &mut attached.device {
+            Device::Virtio(device) => device.process(memory),
+            Device::Assigned(device) => match device.process() {
+                Some(Trouble::Wanted) => log::warn!("the host wants {} back", device.name()),
+                Some(Trouble::Error) | None => {}
+            },
         }
     }
 
     /// Notices backends that are gone.
     pub fn look_after(&mut self) {
-        for device in &mut self.all {
+        for device in self.all.iter_mut().filter_map(Attached::as_virtio_mut) {
             device.look_after_backend();
         }
     }
 
     /// How each is, in order.
     pub fn statuses(&self) -> impl Iterator<Item = DeviceStatus> {
-        self.all.iter().zip(&self.addresses).map(|(device, address)| device.status(address))
+        self.all.iter().map(Attached::status)
     }
 
     /// Whether no process that was a backend may still write to the guest's memory.
     #[must_use]
     pub fn are_still(&self) -> bool {
-        self.all.iter().all(VirtioDevice::is_still)
+        self.all.iter().filter_map(Attached::as_virtio).all(VirtioDevice::is_still)
     }
 
     /// The devices that have lost their backend since the last time this was asked, and why.
     pub fn take_losses(&mut self) -> Vec<(String, String)> {
         let loss =
             |device: &mut VirtioDevice| Some((device.name().to_owned(), device.take_loss()?));
-        self.all.iter_mut().filter_map(loss).collect()
+        self.all.iter_mut().filter_map(Attached::as_virtio_mut).filter_map(loss).collect()
     }
 
     /// Has the backend of device `index` stop and hang up.
@@ -219,7 +333,7 @@ impl Devices {
     ///
     /// Fails if there is none, or it is lost over it.
     pub fn quiesce(&mut self, index: usize) -> Result<(), RequestError> {
-        self.all.get_mut(index).ok_or(RequestError::Absent)?.quiesce()
+        self.virtio(index)?.quiesce()
     }
 
     /// Gives device `index` another backend.
@@ -233,14 +347,38 @@ impl Devices {
         socket: UnixStream,
         memory: &GuestMemoryMmap,
     ) -> Result<(), RequestError> {
-        self.all.get_mut(index).ok_or(RequestError::Absent)?.reconnect(socket, memory)
+        self.virtio(index)?.reconnect(socket, memory)
     }
 
-    /// Back to power-on, with every vCPU stopped; backends keep their connections.
-    pub fn reset(&mut self) {
-        for device in &mut self.all {
-            device.reset();
+    fn virtio(&mut self, index: usize) -> Result<&mut VirtioDevice, RequestError> {
+        let attached = self.all.get_mut(index);
+        attached.and_then(Attached::as_virtio_mut).ok_or(RequestError::Absent)
+    }
+
+    /// Back to power-on, with every vCPU stopped; backends keep their connections, and the host's
+    /// devices reach no memory until [`Devices::resume`].
+    ///
+    /// # Errors
+    ///
+    /// Fails if a device of the host's may still write to the guest's memory.
+    pub fn reset(&mut self) -> Result<(), DevicesError> {
+        for attached in &mut self.all {
+            match &mut attached.device {
+                Device::Virtio(device) => device.reset(),
+                Device::Assigned(device) => device.reset().map_err(failed(device))?,
+            }
         }
         self.bus.reset();
+        Ok(())
+    }
+
+    /// The guest's memory is as it is to be: the host's devices reach it again.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the host does not allow it.
+    pub fn resume(&mut self, memory: &GuestMemoryMmap) -> Result<(), DevicesError> {
+        let mut assigned = self.all.iter_mut().filter_map(Attached::as_assigned_mut);
+        assigned.try_for_each(|device| device.resume(memory).map_err(failed(device)))
     }
 }

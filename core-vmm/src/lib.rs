@@ -25,6 +25,7 @@ pub mod kvm;
 pub mod legacy;
 pub mod logger;
 pub mod memory;
+pub mod passthrough;
 pub mod pci;
 pub mod poll;
 pub mod seccomp;

@@ -3,7 +3,9 @@
 //! The lists are what the threads need and no more: no thread here ever opens, connects, binds or
 //! executes, and none maps memory executable. A vCPU thread may ask KVM for nothing but to run and
 //! to set that vCPU's own state, and for what a driver's writes to a device's registers bring
-//! about: routes, irqfds and ioeventfds.
+//! about: routes, irqfds and ioeventfds. Where a
+//! device of the host's is there or may come, it may also move that device's BARs (memory slots),
+//! read and write its registers, and switch its interrupts on.
 
 use std::mem::size_of;
 use std::process;
@@ -63,6 +65,16 @@ const VM_WIRING: [u64; 3] = [
     kvm_ioctl(WRITE, 0x79, size_of::<kvm::kvm_ioeventfd>()),
 ];
 
+/// What a driver's writes to a passed-through device's registers come down to.
+const BAR_WINDOWS: [u64; 1] =
+    [kvm_ioctl(WRITE, 0x46, size_of::<kvm::kvm_userspace_memory_region>())];
+
+/// KVM's knowledge of passed-through devices.
+const KVM_DEVICES: [u64; 2] = [
+    kvm_ioctl(READ_WRITE, 0xe0, size_of::<kvm::kvm_create_device>()),
+    kvm_ioctl(WRITE, 0xe1, size_of::<kvm::kvm_device_attr>()),
+];
+
 /// The interrupt controllers' state, for resets.
 const VM_STATE: [u64; 1] = [kvm_ioctl(READ, 0x63, size_of::<kvm::kvm_irqchip>())];
 
@@ -94,7 +106,8 @@ const EVERY_THREAD: [c_long; 22] = [
 ];
 
 /// The control thread's own: its loop, its sockets, the files it loads again after a reset.
-const CONTROL_THREAD: [c_long; 12] = [
+const CONTROL_THREAD: [c_long; 14] = [
+    libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_wait,
@@ -102,6 +115,7 @@ const CONTROL_THREAD: [c_long; 12] = [
     libc::SYS_fallocate,
     libc::SYS_lseek,
     libc::SYS_pread64,
+    libc::SYS_pwrite64,
     libc::SYS_readv,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
@@ -158,13 +172,19 @@ fn compile(
     Ok(filter.try_into()?)
 }
 
-/// A vCPU thread's filter.
+/// A vCPU thread's filter, for a VM with or without passed-through devices.
 ///
 /// # Errors
 ///
 /// Fails if the list is malformed.
-pub fn vcpu_filter() -> Result<BpfProgram, SeccompError> {
-    compile(&[&EVERY_THREAD], &[F_GETFD], &[&[KVM_RUN], &VCPU_STATE, &VM_WIRING], Vec::new())
+pub fn vcpu_filter(passthrough: bool) -> Result<BpfProgram, SeccompError> {
+    let mut calls: Vec<&[c_long]> = vec![&EVERY_THREAD];
+    let mut ioctls: Vec<&[u64]> = vec![&[KVM_RUN], &VCPU_STATE, &VM_WIRING];
+    if passthrough {
+        calls.push(&[libc::SYS_pread64, libc::SYS_pwrite64]);
+        ioctls.extend([&BAR_WINDOWS[..], &vfio::IOCTLS_OF_DRIVERS]);
+    }
+    compile(&calls, &[F_GETFD], &ioctls, Vec::new())
 }
 
 /// The control thread's filter.
@@ -178,7 +198,15 @@ pub fn control_filter() -> Result<BpfProgram, SeccompError> {
     // A new backend's socket.
     let socket = [libc::FIONBIO];
     let fcntls = [F_GETFD, F_DUPFD_CLOEXEC];
-    let ioctls: [&[u64]; 4] = [&VM_WIRING, &VM_STATE, &terminal, &socket];
+    let ioctls: [&[u64]; 7] = [
+        &VM_WIRING,
+        &VM_STATE,
+        &terminal,
+        &socket,
+        &BAR_WINDOWS,
+        &KVM_DEVICES,
+        &vfio::IOCTLS_AT_RUN_TIME,
+    ];
     compile(&[&EVERY_THREAD, &CONTROL_THREAD], &fcntls, &ioctls, own_threads()?)
 }
 
@@ -203,12 +231,15 @@ mod tests {
         // As `strace` prints them.
         assert_eq!(VCPU_STATE[1], 0x4090_ae82);
         assert_eq!(VCPU_STATE[9], 0x4400_ae8f);
+        assert_eq!(BAR_WINDOWS, [0x4020_ae46]);
+        assert_eq!(KVM_DEVICES, [0xc00c_aee0, 0x4018_aee1]);
         assert_eq!(VM_WIRING, [0x4008_ae6a, 0x4020_ae76, 0x4040_ae79]);
     }
 
     #[test]
     fn all_filters_compile() {
-        assert!(!vcpu_filter().unwrap().is_empty());
+        assert!(!vcpu_filter(false).unwrap().is_empty());
+        assert!(!vcpu_filter(true).unwrap().is_empty());
         assert!(!watchdog_filter().unwrap().is_empty());
         assert!(!control_filter().unwrap().is_empty());
     }

@@ -43,6 +43,7 @@ use crate::{
         region::{self, GuestRam, MemoryError},
         slots::Slots,
     },
+    passthrough,
     seccomp::{self, SeccompError},
     statistics::Statistics,
     vcpu::{
@@ -152,7 +153,12 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
     let vcpus = vcpu::create(&host, &kvm.vm, config.cpus)?;
     let statistics = Statistics::open(&kvm.vm, &vcpus);
     let backends = devices::connect(&config.devices, jail::watchdog()?)?;
-    let devices = Devices::attach(backends, &kvm.vm, address_bits)?;
+    let mut devices = Devices::attach(backends, &kvm.vm, address_bits)?;
+    let passthrough = !config.assigned.is_empty() || config.control_fd.is_some();
+    if passthrough {
+        passthrough::allow_pinning();
+    }
+    devices.assign(&config.assigned, &kvm.vm, &slots, &ram.memory)?;
     let gate = Arc::new(Gate::new());
     let (notifier, mailbox) =
         event::channel(Arc::clone(&gate)).map_err(unavailable("an eventfd"))?;
@@ -175,7 +181,7 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
         buses: parts.buses(&notifier)?,
         notifier,
         gate,
-        filter: Arc::new(seccomp::vcpu_filter()?),
+        filter: Arc::new(seccomp::vcpu_filter(passthrough)?),
     };
     Ok(Built { parts, vcpus, around })
 }
@@ -237,12 +243,17 @@ impl Vm {
 
     /// Begins to take the guest back to its first instruction: holds it, and its devices are as
     /// after power-on.
-    pub fn begin_reset(&mut self) {
+    ///
+    /// # Errors
+    ///
+    /// Fails if a device of the host's can't be kept from the guest's memory.
+    pub fn begin_reset(&mut self) -> Result<(), VmError> {
         self.vcpus.hold();
         self.parts.mailbox.clear();
-        self.parts.devices.reset();
+        self.parts.devices.reset()?;
         self.parts.events.reset();
         self.parts.memory_hotplug.reset();
+        Ok(())
     }
 
     /// Whether nobody writes to the guest's memory that could not be stopped: a reset may end.
@@ -259,6 +270,8 @@ impl Vm {
     pub fn finish_reset(&mut self) -> Result<(), VmError> {
         self.parts.kvm.reset_interrupt_controllers()?;
         self.parts.ram.wipe()?;
+        // What was wiped has new pages.
+        self.parts.devices.resume(&self.parts.ram.memory)?;
         let entry = self.parts.boot.load(&self.parts.ram)?;
         tables::write(&self.parts.machine, &self.parts.ram.memory)?;
         self.vcpus.reset(entry);

@@ -27,7 +27,7 @@ const SIGSYS: i32 = 31;
 fn filter(kind: &str) -> BpfProgram {
     match kind {
         "control" => seccomp::control_filter(),
-        "vcpu" => seccomp::vcpu_filter(),
+        "vcpu" => seccomp::vcpu_filter(false),
         "watchdog" => seccomp::watchdog_filter(),
         _ => panic!("no kind of thread: {kind}"),
     }

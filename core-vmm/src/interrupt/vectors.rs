@@ -66,6 +66,12 @@ impl Vectors {
         &self.msix
     }
 
+    /// What fires a source.
+    #[must_use]
+    pub fn event(&self, source: SourceIndex) -> Option<&EventFd> {
+        self.sources.get(usize::from(source.0)).map(|source| &source.event)
+    }
+
     /// Lets the guest change the table and brings the bindings into line.
     pub fn change(&mut self, change: impl FnOnce(&mut Msix) -> MsixEffect) {
         match change(&mut self.msix) {
