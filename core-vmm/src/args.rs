@@ -23,6 +23,9 @@ pub struct Args {
     /// How many vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     cpus: u32,
+    /// How many vCPUs there can be, with those that are added later [default: no more].
+    #[arg(long, value_name = "N")]
+    max_cpus: Option<u32>,
     /// How much memory: a multiple of 2 MiB, in bytes or with K, M, G or T.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
     memory: u64,
@@ -56,6 +59,14 @@ pub enum ArgsError {
     /// Two devices of one name.
     #[error("two devices have the id {0}")]
     DuplicateId(String),
+    /// A VM that has more than it can have.
+    #[error("--cpus {cpus} is more than --max-cpus {max_cpus}")]
+    MaxCpus {
+        /// As given.
+        cpus: u32,
+        /// As given.
+        max_cpus: u32,
+    },
     /// A descriptor for two things.
     #[error("descriptor {0} is given twice")]
     DuplicateFd(RawFd),
@@ -93,11 +104,16 @@ impl Args {
                 return Err(ArgsError::DuplicateFd(fd));
             }
         }
+        let (cpus, max_cpus) = (self.cpus, self.max_cpus.unwrap_or(self.cpus));
+        if cpus > max_cpus {
+            return Err(ArgsError::MaxCpus { cpus, max_cpus });
+        }
         Ok(Config {
             kernel: self.kernel,
             initramfs: self.initramfs,
             command_line: self.cmdline,
-            cpus: self.cpus,
+            cpus,
+            max_cpus,
             memory_bytes: self.memory,
             max_memory_bytes: self.max_memory.unwrap_or(self.memory),
             devices: self.devices,
@@ -252,6 +268,18 @@ mod tests {
     fn memory_can_become_more_than_there_is_at_first() {
         let config = parse(&["--memory", "1G", "--max-memory", "4G"]);
         assert_eq!((config.memory_bytes, config.max_memory_bytes), (1 << 30, 4 << 30));
+    }
+
+    #[test]
+    fn vcpus_may_come_later_but_none_may_be_missing() {
+        let config = |cpus, max| {
+            let args = ["nacre-vmm", "--kernel", "k", "--cpus", cpus, "--max-cpus", max];
+            Args::try_parse_from(args).unwrap().into_config()
+        };
+        let counts = |config: Config| (config.cpus, config.max_cpus);
+        assert_eq!(config("2", "4").map(counts), Ok((2, 4)));
+        assert_eq!(counts(parse(&["--cpus", "3"])), (3, 3));
+        assert_eq!(config("5", "4"), Err(ArgsError::MaxCpus { cpus: 5, max_cpus: 4 }));
     }
 
     #[test]

@@ -4,7 +4,17 @@
 //!             state of the device:   Idle  Active  NeedsReset  Lost  Quiesced  Passthrough
 //! Quiesce                            yes   yes     yes         no    no        no
 //! Reconnect                          no    no      no          yes   yes       no
+//!
+//!             the VM:  runs  waits in a reset  ends
+//! Status, Stop         yes   yes               yes
+//! PowerButton          yes   yes               no
+//! Quiesce, Reconnect   yes   yes               no
+//! SetCpus              yes   no                no    from 1 to what there can be, if it can change
 //! ```
+//!
+//! More vCPUs while some have yet to go are refused later, by `acpi::cpu_hotplug`: one that is to go
+//! can't be called back, as nobody knows how far the guest has come with it. Fewer, or the same
+//! number again, tell the guest once more.
 
 use nacre_proto::vmm::{Command, DeviceState, DeviceStatus, NewDeviceKind, State};
 
@@ -17,6 +27,8 @@ pub enum Action {
     Stop,
     /// Press the power button.
     PressPowerButton,
+    /// Have so many vCPUs.
+    SetCpus(u32),
     /// Give the device of this index the backend whose socket came along.
     Reconnect(usize),
     /// Have the backend of the device of this index stop and hang up.
@@ -41,6 +53,20 @@ pub enum Refusal {
     /// The device is the host's.
     #[error("no process of ours serves the device")]
     NoProcess,
+    /// The guest's reset is not done.
+    #[error("the guest is being reset")]
+    Resetting,
+    /// No vCPU can be added or removed.
+    #[error("the VM began with all the vCPUs that it can have, and keeps them")]
+    CpusStay,
+    /// A number of vCPUs that the VM can't have.
+    #[error("{got} vCPUs are not between 1 and {max}")]
+    Cpus {
+        /// As asked.
+        got: u32,
+        /// The most.
+        max: u32,
+    },
     /// It can't be done yet.
     #[error("this VMM can't do that yet")]
     NotYet,
@@ -54,15 +80,28 @@ pub enum Refusal {
     },
 }
 
-/// What `command`, which came with so many `descriptors`, does to a VM in `state` with these
-/// `devices`.
+/// What a command is judged by.
+#[derive(Clone, Copy, Debug)]
+pub struct Situation<'a> {
+    /// The VM's.
+    pub state: State,
+    /// A reset of the guest has begun and not ended.
+    pub is_resetting: bool,
+    /// All devices.
+    pub devices: &'a [DeviceStatus],
+    /// How many vCPUs there can be.
+    pub max_cpus: u32,
+    /// Whether vCPUs can be added and removed.
+    pub can_change_cpus: bool,
+}
+
+/// What `command`, which came with so many `descriptors`, does to a VM in this `situation`.
 ///
 /// # Errors
 ///
 /// Fails if the command makes no sense in that state.
 pub fn decide(
-    state: State,
-    devices: &[DeviceStatus],
+    situation: &Situation<'_>,
     command: &Command,
     descriptors: usize,
 ) -> Result<Action, Refusal> {
@@ -70,7 +109,8 @@ pub fn decide(
     if descriptors != wanted {
         return Err(Refusal::Descriptors { got: descriptors, wanted });
     }
-    match (state, command) {
+    let devices = situation.devices;
+    match (situation.state, command) {
         (State::Running | State::Ending, Command::Status) => Ok(Action::Report),
         (State::Running | State::Ending, Command::Stop) => Ok(Action::Stop),
         (State::Running, Command::PowerButton) => Ok(Action::PressPowerButton),
@@ -88,14 +128,25 @@ pub fn decide(
             (_, DeviceState::Lost | DeviceState::Quiesced) => Err(Refusal::HasNoBackend),
             (_, DeviceState::Passthrough) => Err(Refusal::NoProcess),
         },
+        (State::Running, Command::SetCpus { cpus }) => set_cpus(situation, *cpus),
         (
             State::Running,
-            Command::SetCpus { .. }
-            | Command::SetMemory { .. }
-            | Command::AddDevice { .. }
-            | Command::RemoveDevice { .. },
+            Command::SetMemory { .. } | Command::AddDevice { .. } | Command::RemoveDevice { .. },
         ) => Err(Refusal::NotYet),
         (State::Ending, _) => Err(Refusal::Ending),
+    }
+}
+
+fn set_cpus(situation: &Situation<'_>, cpus: u32) -> Result<Action, Refusal> {
+    let max = situation.max_cpus;
+    if cpus == 0 || cpus > max {
+        Err(Refusal::Cpus { got: cpus, max })
+    } else if !situation.can_change_cpus {
+        Err(Refusal::CpusStay)
+    } else if situation.is_resetting {
+        Err(Refusal::Resetting)
+    } else {
+        Ok(Action::SetCpus(cpus))
     }
 }
 
@@ -146,6 +197,10 @@ mod tests {
         STATES.into_iter().enumerate().map(status).collect()
     }
 
+    fn situation(state: State, devices: &[DeviceStatus]) -> Situation<'_> {
+        Situation { state, is_resetting: false, devices, max_cpus: 4, can_change_cpus: true }
+    }
+
     #[test]
     fn the_whole_table_of_a_vm_is_as_written() {
         for (state, command, expected) in [
@@ -157,16 +212,21 @@ mod tests {
             (State::Ending, Command::PowerButton, Err(Refusal::Ending)),
             (State::Ending, Command::Quiesce { device: "0".to_owned() }, Err(Refusal::Ending)),
         ] {
-            assert_eq!(decide(state, &devices(), &command, 0), expected, "{state:?} {command:?}");
+            let devices = devices();
+            let mut situation = situation(state, &devices);
+            for is_resetting in [false, true] {
+                situation.is_resetting = is_resetting;
+                assert_eq!(decide(&situation, &command, 0), expected, "{state:?} {command:?}");
+            }
             let got = Err(Refusal::Descriptors { got: 1, wanted: 0 });
-            assert_eq!(decide(state, &devices(), &command, 1), got);
+            assert_eq!(decide(&situation, &command, 1), got);
         }
     }
 
     #[test]
     fn the_whole_table_of_a_device_is_as_written() {
         let decide = |command: &Command, descriptors| {
-            decide(State::Running, &devices(), command, descriptors)
+            decide(&situation(State::Running, &devices()), command, descriptors)
         };
         for (index, state) in STATES.into_iter().enumerate() {
             let absent = matches!(state, DeviceState::Lost | DeviceState::Quiesced);
@@ -190,6 +250,24 @@ mod tests {
         for got in [0, 2] {
             let refused = decide(&Command::Reconnect { device: "3".to_owned() }, got);
             assert_eq!(refused, Err(Refusal::Descriptors { got, wanted: 1 }));
+        }
+    }
+
+    #[test]
+    fn the_whole_table_of_vcpus_is_as_written() {
+        let ask = |change: fn(&mut Situation<'_>), cpus| {
+            let mut situation = situation(State::Running, &[]);
+            change(&mut situation);
+            decide(&situation, &Command::SetCpus { cpus }, 0)
+        };
+        for cpus in [1, 4] {
+            assert_eq!(ask(|_| {}, cpus), Ok(Action::SetCpus(cpus)));
+            assert_eq!(ask(|s| s.is_resetting = true, cpus), Err(Refusal::Resetting));
+            assert_eq!(ask(|s| s.can_change_cpus = false, cpus), Err(Refusal::CpusStay));
+            assert_eq!(ask(|s| s.state = State::Ending, cpus), Err(Refusal::Ending));
+        }
+        for got in [0, 5, u32::MAX] {
+            assert_eq!(ask(|_| {}, got), Err(Refusal::Cpus { got, max: 4 }));
         }
     }
 }

@@ -15,6 +15,8 @@ pub struct Config {
     pub command_line: String,
     /// vCPUs, at least 1.
     pub cpus: u32,
+    /// The most vCPUs, at least as many.
+    pub max_cpus: u32,
     /// RAM in bytes; may still be too much or too little.
     pub memory_bytes: u64,
     /// RAM in bytes that the VM can have by hotplug, at least `memory_bytes`; may still be too much.

@@ -28,7 +28,7 @@ use nacre_proto::{
 
 use crate::{
     acpi::ged::Event,
-    command::{self, Action},
+    command::{self, Action, Situation},
     config::OnReset,
     error_chain,
     event::GuestEvent,
@@ -134,7 +134,7 @@ impl Control {
                     self.log_end(exit);
                     return Ok(exit);
                 }
-                self.tell_losses();
+                self.tell_events();
             }
         }
     }
@@ -160,6 +160,7 @@ impl Control {
     fn take_guest_events(&mut self) -> Step {
         while let Some(event) = self.vm.parts.mailbox.take() {
             match event {
+                GuestEvent::Cpus => self.vm.process_cpus(),
                 GuestEvent::PowerOff => return Ok(Some(VmmExit::PowerOff)),
                 GuestEvent::Panic => return Ok(Some(VmmExit::GuestPanic)),
                 GuestEvent::Crash { .. } => return Ok(Some(VmmExit::GuestCrash)),
@@ -217,7 +218,7 @@ impl Control {
             }
         };
         // What was lost over the request is known before what came of it.
-        self.tell_losses();
+        self.tell_events();
         self.tell(&Told::Reply(reply));
         Ok(exit)
     }
@@ -230,11 +231,17 @@ impl Control {
         self.vm.look_after_devices();
         let devices: Vec<_> = self.vm.device_statuses().collect();
         let count = datagram.descriptors.count();
-        let (outcome, exit) =
-            match command::decide(State::Running, &devices, &request.command, count) {
-                Ok(action) => self.act(action, datagram.descriptors)?,
-                Err(refusal) => (Outcome::Refused(refusal.to_string()), None),
-            };
+        let situation = Situation {
+            state: State::Running,
+            is_resetting: self.resetting,
+            devices: &devices,
+            max_cpus: self.vm.parts.cpus.possible(),
+            can_change_cpus: self.vm.parts.cpus.can_change(),
+        };
+        let (outcome, exit) = match command::decide(&situation, &request.command, count) {
+            Ok(action) => self.act(action, datagram.descriptors)?,
+            Err(refusal) => (Outcome::Refused(refusal.to_string()), None),
+        };
         Ok((Reply { id: request.id, outcome }, exit))
     }
 
@@ -247,6 +254,7 @@ impl Control {
             Action::Report => Outcome::Status(self.status()),
             Action::Stop => return Ok((Outcome::Done, Some(VmmExit::Stopped))),
             Action::PressPowerButton => outcome(self.vm.parts.events.raise(Event::PowerButton)),
+            Action::SetCpus(cpus) => outcome(self.vm.set_cpus(cpus)),
             Action::Quiesce(index) => outcome(self.vm.quiesce_device(index)),
             Action::Reconnect(index) => {
                 let socket = descriptors.single().map(UnixStream::from);
@@ -265,18 +273,21 @@ impl Control {
         }
     }
 
-    fn tell_losses(&mut self) {
+    fn tell_events(&mut self) {
+        for event in self.vm.take_untold() {
+            self.tell(&Told::Event(event));
+        }
         for (device, reason) in self.vm.take_losses() {
             self.tell(&Told::Event(vmm::Event::DeviceLost { device, reason }));
         }
     }
 
     fn status(&self) -> Status {
-        let (cpus, memory_bytes) = self.vm.size();
+        let (cpus, memory_bytes) = (&self.vm.parts.cpus, self.vm.memory_bytes());
         Status {
             state: State::Running,
-            cpus,
-            max_cpus: cpus,
+            cpus: cpus.present(),
+            max_cpus: cpus.possible(),
             memory_bytes,
             max_memory_bytes: memory_bytes,
             resets: self.vm.resets(),

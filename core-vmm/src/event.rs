@@ -23,6 +23,8 @@ pub enum GuestEvent {
     Panic,
     /// The guest gave up RAM, or said what it makes of RAM that comes or goes.
     Memory,
+    /// The guest did something with vCPUs that come or go; the controller knows what.
+    Cpus,
     /// A vCPU stopped for a reason the guest can't recover from.
     Crash {
         /// Which vCPU.

@@ -8,7 +8,7 @@ use std::io;
 use caps::{CapSet, errors::CapsError};
 use rustix::{
     io::Errno,
-    process::{DumpableBehavior, set_dumpable_behavior},
+    process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit},
     thread::set_no_new_privs,
 };
 
@@ -53,6 +53,17 @@ pub fn enter() -> Result<(), JailError> {
         clear(set)?;
     }
     Ok(())
+}
+
+/// Lets the process have as many descriptors as it may: a vCPU takes two, and the usual soft limit is
+/// for programs that use `select`.
+///
+/// # Errors
+///
+/// Fails if the kernel refuses.
+pub fn allow_descriptors() -> io::Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    Ok(setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })?)
 }
 
 /// What the watchdog's thread does first: it is started before the process is jailed.

@@ -4,12 +4,17 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
+    KVM_CAP_X2APIC_API, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap,
+    kvm_irqchip,
 };
 use kvm_ioctls::{Cap, Error, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{memory::layout, vcpu::cpuid::Supported};
+use crate::{
+    memory::layout,
+    vcpu::cpuid::{MAX_SMALL_IDS, Supported},
+};
 
 /// What is needed of KVM beyond the basics.
 const CAPABILITIES: [Cap; 6] = [
@@ -74,12 +79,12 @@ impl Host {
         Ok(Self { kvm, supported })
     }
 
-    /// Makes a VM with interrupt controllers.
+    /// Makes a VM with interrupt controllers, for up to so many vCPUs.
     ///
     /// # Errors
     ///
     /// Fails if KVM refuses.
-    pub fn create_machine(&self) -> Result<Machine, KvmError> {
+    pub fn create_machine(&self, max_cpus: u32) -> Result<Machine, KvmError> {
         let vm = loop {
             match self.kvm.create_vm() {
                 // The kernel allocates much and lets a signal interrupt it.
@@ -87,6 +92,13 @@ impl Host {
                 other => break other.map_err(refused("create a VM"))?,
             }
         };
+        if max_cpus > MAX_SMALL_IDS {
+            let [whole_ids, no_broadcast] =
+                [KVM_X2APIC_API_USE_32BIT_IDS, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK];
+            let mut cap = kvm_enable_cap { cap: KVM_CAP_X2APIC_API, ..Default::default() };
+            cap.args[0] = u64::from(whole_ids | no_broadcast);
+            vm.enable_cap(&cap).map_err(refused("give interrupts whole destinations"))?;
+        }
         vm.set_identity_map_address(layout::IDENTITY_MAP)
             .map_err(refused("place its identity map"))?;
         vm.set_tss_address(layout::TSS).map_err(refused("place its task state segment"))?;

@@ -120,6 +120,7 @@ pub fn run(config: &Config) -> Result<VmmExit, VmmError> {
         .transpose()
         .map_err(host("take over the control socket"))?;
     let signals = sys::termination_signals().map_err(host("watch for signals"))?;
+    jail::allow_descriptors().map_err(host("have all descriptors that it may"))?;
     let built = vm::build(config)?;
     let filter = seccomp::control_filter()?;
     jail::enter()?;

@@ -15,10 +15,11 @@ use std::{
     sync::Arc,
 };
 
-use nacre_proto::vmm::DeviceStatus;
+use nacre_proto::vmm::{self, DeviceStatus};
 
 use crate::{
     acpi::{
+        cpu_hotplug::CpuController,
         ged::EventDevice,
         memory_hotplug::MemoryHotplug,
         tables::{self, AcpiError, Machine},
@@ -29,6 +30,7 @@ use crate::{
     console::Console,
     devices::{self, Devices, DevicesError},
     event::{self, Mailbox, Notifier},
+    hotplug::cpus::{Cpus, CpusError},
     jail,
     kvm::{self, KvmError},
     legacy::{
@@ -102,6 +104,8 @@ pub struct Parts {
     boot: BootSource,
     machine: Machine,
     devices: Devices,
+    /// vCPUs that come and go.
+    pub cpus: Cpus,
     /// The event device.
     pub events: Arc<EventDevice>,
     /// By which the guest finds RAM that comes, and gives up RAM that is to go.
@@ -128,6 +132,8 @@ pub struct Vm {
     /// All the rest.
     pub parts: Parts,
     resets: u64,
+    /// What the supervisor has yet to be told of what comes and goes.
+    untold: Vec<vmm::Event>,
 }
 
 fn unavailable(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
@@ -145,12 +151,12 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
     let address_bits = host.supported.address_bits();
     region::check_size("--memory", config.memory_bytes, address_bits)?;
     region::check_size("--max-memory", config.max_memory_bytes, address_bits)?;
-    let kvm = host.create_machine()?;
+    let kvm = host.create_machine(config.max_cpus)?;
     let mut ram = GuestRam::new(config.memory_bytes)?;
     let memory = Plan::new(&ram.ram, config.max_memory_bytes, address_bits)?;
     let slots = Slots::of(&kvm.vm);
     ram.register(&kvm.vm, &slots)?;
-    let vcpus = vcpu::create(&host, &kvm.vm, config.cpus)?;
+    let vcpus = vcpu::create(&host, &kvm.vm, config.max_cpus)?;
     let statistics = Statistics::open(&kvm.vm, &vcpus);
     let backends = devices::connect(&config.devices, jail::watchdog()?)?;
     let mut devices = Devices::attach(backends, &kvm.vm, address_bits)?;
@@ -159,17 +165,25 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
         passthrough::allow_pinning();
     }
     devices.assign(&config.assigned, &kvm.vm, &slots, &ram.memory)?;
-    let gate = Arc::new(Gate::new());
+    let gate = Arc::new(Gate::with(config.max_cpus, config.cpus));
     let (notifier, mailbox) =
         event::channel(Arc::clone(&gate)).map_err(unavailable("an eventfd"))?;
     let events = Arc::new(EventDevice::new().map_err(unavailable("the event device"))?);
+    let controller = CpuController::new(config.cpus, config.max_cpus, Arc::clone(&notifier));
     let console = Console::open(&config.serial).map_err(unavailable("the serial port"))?;
     let parts = Parts {
-        machine: Machine { cpus: config.cpus, address_bits, has_serial: console.is_some(), memory },
+        machine: Machine {
+            cpus: config.cpus,
+            max_cpus: config.max_cpus,
+            address_bits,
+            has_serial: console.is_some(),
+            memory,
+        },
         kvm,
         ram,
         boot,
         devices,
+        cpus: Cpus::new(Arc::new(controller)),
         events,
         memory_hotplug: Arc::new(MemoryHotplug::new(memory.units(), Arc::clone(&notifier))),
         console,
@@ -215,6 +229,9 @@ impl Parts {
         let registers = layout::MEMORY_HOTPLUG;
         let memory = Arc::clone(&self.memory_hotplug);
         mmio.insert(registers.start, registers.end - registers.start, memory)?;
+        let registers = layout::CPU_HOTPLUG;
+        let cpus = Arc::clone(self.cpus.controller());
+        mmio.insert(registers.start, registers.end - registers.start, cpus)?;
         self.devices.register(&mut pio, &mut mmio)?;
         Ok(Buses { pio: pio.into_pio(), mmio: mmio.into_mmio() })
     }
@@ -231,7 +248,7 @@ impl Built {
         tables::write(&self.parts.machine, &self.parts.ram.memory)?;
         let vcpus = Vcpus::spawn(self.vcpus, self.around)?;
         vcpus.reset(entry);
-        Ok(Vm { vcpus, parts: self.parts, resets: 0 })
+        Ok(Vm { vcpus, parts: self.parts, resets: 0, untold: Vec::new() })
     }
 }
 
@@ -250,6 +267,10 @@ impl Vm {
     pub fn begin_reset(&mut self) -> Result<(), VmError> {
         self.vcpus.hold();
         self.parts.mailbox.clear();
+        // What the guest ejected before.
+        self.process_cpus();
+        self.untold.extend(self.parts.cpus.reset(&self.vcpus));
+        self.parts.machine.cpus = self.parts.cpus.present();
         self.parts.devices.reset()?;
         self.parts.events.reset();
         self.parts.memory_hotplug.reset();
@@ -326,6 +347,27 @@ impl Vm {
         self.parts.devices.reconnect(index, socket, &self.parts.ram.memory)
     }
 
+    /// Has so many vCPUs be there, as far as the guest plays its part.
+    ///
+    /// # Errors
+    ///
+    /// Fails if some have yet to go and more are wanted, or if the guest can't be told.
+    pub fn set_cpus(&mut self, cpus: u32) -> Result<(), CpusError> {
+        // One that was ejected is of use again only when its thread is out of the guest.
+        self.process_cpus();
+        self.parts.cpus.set(cpus, &self.vcpus, &self.parts.events)
+    }
+
+    /// Does what the guest asks for by the controller of its vCPUs.
+    pub fn process_cpus(&mut self) {
+        self.untold.extend(self.parts.cpus.process(&self.vcpus));
+    }
+
+    /// What the supervisor is to know of what came and went since the last time this was asked.
+    pub fn take_untold(&mut self) -> Vec<vmm::Event> {
+        std::mem::take(&mut self.untold)
+    }
+
     /// How often the guest was reset.
     #[must_use]
     pub fn resets(&self) -> u64 {
@@ -338,10 +380,9 @@ impl Vm {
         &self.vcpus
     }
 
-    /// How many vCPUs and how many bytes of RAM there are.
+    /// How many bytes of RAM there are.
     #[must_use]
-    pub fn size(&self) -> (u32, u64) {
-        let ram = &self.parts.ram.ram;
-        (self.parts.machine.cpus, ram.ranges().map(|range| range.end - range.start).sum())
+    pub fn memory_bytes(&self) -> u64 {
+        self.parts.ram.ram.ranges().map(|range| range.end - range.start).sum()
     }
 }

@@ -1,4 +1,5 @@
-//! The namespace: sleep state 5, the PCI host bridge, the event device, legacy devices.
+//! The namespace: sleep state 5, the PCI host bridge, vCPUs that may come and go, the event device,
+//! legacy devices.
 
 use acpi_tables::{
     Aml,
@@ -10,7 +11,7 @@ use acpi_tables::{
 };
 
 use super::{
-    ged, memory_hotplug,
+    cpu_hotplug, ged, memory_hotplug,
     tables::{Machine, OEM_ID, OEM_REVISION, OEM_TABLE_ID},
 };
 use crate::{
@@ -30,6 +31,7 @@ pub(super) fn table(machine: &Machine) -> Sdt {
     let sleep_5 = power::SLEEP_TYPE_OFF;
     Name::new(Path::new("_S5_"), &Package::new(vec![&sleep_5, &sleep_5])).to_aml_bytes(&mut aml);
     scope(&mut aml, &[&host_bridge(machine)]);
+    cpu_hotplug::append(&mut aml, machine.cpus, machine.max_cpus);
     ged::append(&mut aml);
     memory_hotplug::append(&mut aml, &machine.memory);
     if machine.has_serial {
@@ -43,7 +45,7 @@ pub(super) fn table(machine: &Machine) -> Sdt {
 }
 
 /// Bytes of AML that were made already.
-struct Raw(Vec<u8>);
+pub(super) struct Raw(pub(super) Vec<u8>);
 
 impl Aml for Raw {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {

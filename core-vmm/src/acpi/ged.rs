@@ -11,11 +11,12 @@ use acpi_tables::{
     aml::{
         And, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule,
         FieldUpdateRule, If, Interrupt, Local, Method, MethodCall, Name, Notify, OpRegion,
-        OpRegionSpace, Path, ResourceTemplate, Scope, Store,
+        OpRegionSpace, Path, ResourceTemplate, Scope, Store, ZERO,
     },
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::cpu_hotplug;
 use crate::{bus::BusDevice, memory::layout};
 
 /// Where the event register stands in [`layout::EVENT_DEVICE`].
@@ -138,6 +139,10 @@ pub(super) fn append(aml: &mut Vec<u8>) {
                             ),
                             &And::new(&Local(1), &Local(0), &(Event::Memory as u8)),
                             &If::new(&Local(1), vec![&scan_memory]),
+                            &If::new(
+                                &And::new(&ZERO, &Local(0), &(Event::Cpus as u8)),
+                                vec![&MethodCall::new(cpu_hotplug::scan_method(), vec![])],
+                            ),
                         ],
                     ),
                 ],

@@ -1,6 +1,7 @@
 //! ACPI, hardware-reduced: no power-management block, no SCI, no embedded controller. Tables in
 //! memory tell what there is; one event device and a few registers are all that acts.
 
+pub mod cpu_hotplug;
 pub mod dsdt;
 pub mod ged;
 pub mod memory_hotplug;

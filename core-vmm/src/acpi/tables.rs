@@ -4,9 +4,10 @@ use acpi_tables::{
     Aml,
     fadt::{FADTBuilder, Flags},
     gas::{AccessSize, AddressSpace, GAS},
-    madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic},
+    madt::IoApic,
     mcfg::MCFG,
     rsdp::Rsdp,
+    sdt::Sdt,
     xsdt::XSDT,
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
@@ -31,8 +32,10 @@ const TABLE_ALIGN: usize = 16;
 /// What the tables tell of.
 #[derive(Clone, Debug)]
 pub struct Machine {
-    /// vCPUs, whose APIC ids are their indexes.
+    /// vCPUs that are there, the first ones. Their APIC ids are their indexes.
     pub cpus: u32,
+    /// vCPUs that can be there.
+    pub max_cpus: u32,
     /// The guest's physical address width.
     pub address_bits: u32,
     /// Whether there is a serial port.
@@ -117,15 +120,38 @@ fn fadt(dsdt: u64) -> FADTBuilder {
     fadt
 }
 
-fn madt(machine: &Machine) -> MADT {
-    let local_apic = LocalInterruptController::Address(layout::LOCAL_APIC);
-    let mut madt = MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, local_apic);
-    for index in 0..machine.cpus {
-        // `vcpu::create` allows none above 253.
-        let id = u8::try_from(index).unwrap_or(u8::MAX);
-        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+/// The first APIC id that is no local APIC's of eight bits: there, all ones means everyone.
+pub(super) const FIRST_X2APIC_ID: u32 = 255;
+const MADT_HEADER_BYTES: u32 = 44;
+/// The first with the bit for a processor that can come (ACPI 6.3).
+const MADT_REVISION: u8 = 5;
+const LOCAL_APIC_ENTRY: u8 = 0;
+const X2APIC_ENTRY: u8 = 9;
+const ENABLED: u32 = 1 << 0;
+const ONLINE_CAPABLE: u32 = 1 << 1;
+
+/// A vCPU's entry in the MADT (ACPI 6.5, 5.2.12.2 and 5.2.12.12); its `_UID` is its index too.
+pub(super) fn processor(index: u32, is_there: bool) -> Vec<u8> {
+    let flags = if is_there { ENABLED } else { ONLINE_CAPABLE }.to_le_bytes();
+    let id = index.to_le_bytes();
+    if index < FIRST_X2APIC_ID {
+        [&[LOCAL_APIC_ENTRY, 8, id[0], id[0]][..], &flags].concat()
+    } else {
+        [&[X2APIC_ENTRY, 16, 0, 0][..], &id, &flags, &id].concat()
     }
-    madt.add_structure(IoApic::new(0, layout::IO_APIC, 0));
+}
+
+fn madt(machine: &Machine) -> Sdt {
+    let (revision, id) = (MADT_REVISION, (OEM_ID, OEM_TABLE_ID));
+    let mut madt = Sdt::new(*b"APIC", MADT_HEADER_BYTES, revision, id.0, id.1, OEM_REVISION);
+    madt.write_u32(36, layout::LOCAL_APIC);
+    for index in 0..machine.max_cpus {
+        madt.append_slice(&processor(index, index < machine.cpus));
+    }
+    let mut io_apic = Vec::new();
+    IoApic::new(0, layout::IO_APIC, 0).to_aml_bytes(&mut io_apic);
+    madt.append_slice(&io_apic);
+    madt.update_checksum();
     madt
 }
 
@@ -138,11 +164,11 @@ fn mcfg() -> MCFG {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::layout::Ram;
+    use crate::{memory::layout::Ram, vcpu};
 
-    fn machine(cpus: u32) -> Machine {
+    fn machine(cpus: u32, max_cpus: u32) -> Machine {
         let memory = Plan::new(&Ram::of(1 << 30), 1 << 35, 40).unwrap();
-        Machine { cpus, address_bits: 40, has_serial: true, memory }
+        Machine { cpus, max_cpus, address_bits: 40, has_serial: true, memory }
     }
 
     fn u64_at(bytes: &[u8], offset: usize) -> u64 {
@@ -160,7 +186,7 @@ mod tests {
 
     #[test]
     fn the_rsdp_leads_to_every_table() {
-        let area = build(&machine(4));
+        let area = build(&machine(4, 4));
         assert_eq!(&area[..8], b"RSD PTR ");
         let xsdt = table(&area, u64_at(&area, 24));
         let signatures: Vec<_> = xsdt[36..]
@@ -174,7 +200,7 @@ mod tests {
 
     #[test]
     fn the_madt_lists_each_vcpu_and_the_io_apic() {
-        let area = build(&machine(3));
+        let area = build(&machine(3, 3));
         let xsdt = table(&area, u64_at(&area, 24));
         let madt = table(&area, u64_at(xsdt, 44));
         assert_eq!(madt.len(), 44 + 3 * 8 + 12);
@@ -182,8 +208,23 @@ mod tests {
     }
 
     #[test]
+    fn vcpus_that_can_come_are_told_from_those_that_are_there_beyond_eight_bits_too() {
+        let area = build(&machine(256, 300));
+        let xsdt = table(&area, u64_at(&area, 24));
+        let madt = table(&area, u64_at(xsdt, 44));
+        assert_eq!(madt.len(), 44 + 255 * 8 + 45 * 16 + 12);
+        let last_small = 44 + 254 * 8;
+        assert_eq!(madt[last_small..last_small + 8], [0, 8, 254, 254, 1, 0, 0, 0]);
+        let mut entries = madt[last_small + 8..].chunks(16);
+        let first = [9, 16, 0, 0, 255, 0, 0, 0, 1, 0, 0, 0, 255, 0, 0, 0];
+        assert_eq!(entries.next().unwrap(), first);
+        let absent = [9, 16, 0, 0, 0, 1, 0, 0, 2, 0, 0, 0, 0, 1, 0, 0];
+        assert_eq!(entries.next().unwrap(), absent);
+    }
+
+    #[test]
     fn the_largest_machine_fits() {
-        let area = build(&machine(254));
+        let area = build(&machine(1, vcpu::MAX_VCPUS));
         assert!(area.len() as u64 <= layout::ACPI_TABLES.end - layout::ACPI_TABLES.start);
     }
 }

@@ -3,4 +3,5 @@
 //!
 //! Only the control thread calls what is here.
 
+pub mod cpus;
 pub mod memory;

@@ -41,8 +41,19 @@ fn pin_route(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
     }
 }
 
+/// A message's address as KVM takes it, lower half first.
+///
+/// Its destination has eight bits in 19:12. A guest that was told so (`KVM_FEATURE_MSI_EXT_DEST_ID`)
+/// puts seven more into 11:5, while KVM with 32-bit ids wants all beyond eight in the upper half,
+/// and without them does not look there.
+fn address_in_kvm(address: u64) -> [u32; 2] {
+    const DESTINATION_14_8: u32 = 0x7f << 5;
+    let [low, _high] = halves(address);
+    [low & !DESTINATION_14_8, (low & DESTINATION_14_8) << 3]
+}
+
 fn msi_route(route: &MsiRoute) -> kvm_irq_routing_entry {
-    let [low, high] = halves(route.message.address);
+    let [low, high] = address_in_kvm(route.message.address);
     let mut msi = kvm_irq_routing_msi { address_lo: low, address_hi: high, ..Default::default() };
     msi.data = route.message.data;
     kvm_irq_routing_entry {
@@ -88,6 +99,18 @@ impl Doorbells for VmFd {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_long_part_of_a_destination_goes_where_kvm_looks_for_it() {
+        for (address, low, high) in [
+            (0xfee0_1000, 0xfee0_1000, 0),
+            (0xfee2_c020, 0xfee2_c000, 1 << 8),
+            (0xfee2_c000 | 0x7f << 5 | 0b1100, 0xfee2_c00c, 0x7f << 8),
+            (u64::MAX, 0xffff_f01f, 0x7f << 8),
+        ] {
+            assert_eq!(address_in_kvm(address), [low, high], "{address:#x}");
+        }
+    }
 
     #[test]
     fn every_pin_keeps_its_route() {

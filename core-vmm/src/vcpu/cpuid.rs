@@ -1,6 +1,7 @@
 //! What CPUID tells the guest: what KVM supports, with each vCPU's place in the topology.
 //!
-//! One socket of as many single-threaded cores as there are vCPUs. APIC ids are the vCPU indexes.
+//! One socket of as many single-threaded cores as there can be vCPUs: one that comes later finds
+//! its place among the others. APIC ids are the vCPU indexes.
 //! Performance counters are not shown. A wrong topology costs boot time: Linux then sorts vCPUs
 //! into packages one by one.
 
@@ -9,11 +10,16 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm};
 
+/// As many vCPUs have ids of eight bits that mean no more than one.
+pub const MAX_SMALL_IDS: u32 = 255;
+
 const LEAF_FEATURES: u32 = 0x1;
 const LEAF_CACHES_INTEL: u32 = 0x4;
 const LEAF_PERFORMANCE_INTEL: u32 = 0xa;
 const LEAF_TOPOLOGY: u32 = 0xb;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
+/// KVM's features, Linux `Documentation/virt/kvm/x86/cpuid.rst`.
+const LEAF_KVM: u32 = 0x4000_0001;
 const LEAF_WIDTHS: u32 = 0x8000_0008;
 const LEAF_CACHES_AMD: u32 = 0x8000_001d;
 const LEAF_TOPOLOGY_AMD: u32 = 0x8000_001e;
@@ -24,6 +30,9 @@ const FEATURE_ECX_X2APIC: u32 = 1 << 21;
 const FEATURE_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const FEATURE_ECX_HYPERVISOR: u32 = 1 << 31;
 const FEATURE_EDX_HYPER_THREADING: u32 = 1 << 28;
+
+/// Messages have 15 bits for their destination: `interrupt::kvm` takes them apart.
+const KVM_EXTENDED_DESTINATION: u32 = 1 << 15;
 
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
@@ -63,7 +72,7 @@ impl Supported {
         widths.map_or(36, |entry| entry.eax & 0xff).clamp(32, 52)
     }
 
-    /// The entries for vCPU `index` of `count`, both in what x2APIC can number.
+    /// The entries for vCPU `index` of the `count` that there can be, both in what x2APIC can number.
     #[must_use]
     pub fn for_vcpu(&self, index: u32, count: u32) -> Vec<kvm_cpuid_entry2> {
         let topology = Topology { index, count };
@@ -143,6 +152,7 @@ impl Topology {
                 let sharers = self.cache_sharers(entry.eax);
                 entry.eax = with_field(entry.eax, 12, 14, sharers - 1);
             }
+            LEAF_KVM if self.count > MAX_SMALL_IDS => entry.eax |= KVM_EXTENDED_DESTINATION,
             LEAF_PERFORMANCE_INTEL => {
                 (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
             }
@@ -202,6 +212,7 @@ mod tests {
                 entry(LEAF_CACHES_INTEL, 0x163),
                 entry(LEAF_PERFORMANCE_INTEL, 0x0730_0402),
                 entry(LEAF_TOPOLOGY, 9),
+                entry(LEAF_KVM, 1),
                 entry(LEAF_WIDTHS, 0x3028),
                 entry(LEAF_TOPOLOGY_AMD, 7),
                 entry(LEAF_TOPOLOGY_V2_AMD, 7),
@@ -250,6 +261,28 @@ mod tests {
         assert_eq!(caches[0].eax >> 14 & 0xfff, 0);
         assert_eq!(caches[1].eax >> 14 & 0xfff, 3);
         assert!(caches.iter().all(|cache| cache.eax >> 26 == 3));
+    }
+
+    #[test]
+    fn ids_beyond_eight_bits_are_whole_where_there_is_room_and_never_wrong() {
+        let entries = supported().for_vcpu(299, 300);
+        let features = find(&entries, LEAF_FEATURES)[0];
+        assert_eq!((features.ebx >> 24, features.ebx >> 16 & 0xff), (299 & 0xff, 255));
+        let levels = find(&entries, LEAF_TOPOLOGY);
+        assert!(levels.iter().all(|level| level.edx == 299));
+        assert_eq!((levels[1].eax, levels[1].ebx), (9, 300));
+        assert_eq!(find(&entries, LEAF_WIDTHS)[0].ecx, 9 << 12 | 255);
+        assert_eq!(find(&entries, LEAF_TOPOLOGY_AMD)[0].eax, 299);
+        let caches = find(&entries, LEAF_CACHES_INTEL);
+        assert_eq!(caches[1].eax >> 14 & 0xfff, 511);
+        assert_eq!(caches[1].eax >> 26, 63, "six bits");
+    }
+
+    #[test]
+    fn messages_have_longer_destinations_only_where_an_id_needs_them() {
+        let features = |count| find(&supported().for_vcpu(0, count), LEAF_KVM)[0].eax;
+        assert_eq!(features(255), 1);
+        assert_eq!(features(256), 1 | KVM_EXTENDED_DESTINATION);
     }
 
     #[test]

@@ -27,14 +27,14 @@ use self::{
 };
 use crate::{boot::Entry, kvm::Host, sys};
 
-/// The most vCPUs: ids beyond need interrupts with extended destinations.
-const MAX_VCPUS: u32 = 254;
+/// The most vCPUs: the area of the ACPI tables has no room to describe more that can come and go.
+pub(crate) const MAX_VCPUS: u32 = 512;
 
 /// Why there are no vCPUs.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
     /// More than KVM can give one VM.
-    #[error("--cpus {count} is more than the {max} that KVM on this host gives one VM")]
+    #[error("{count} vCPUs are more than the {max} that KVM on this host gives one VM")]
     TooMany {
         /// As asked.
         count: u32,
@@ -74,13 +74,14 @@ pub enum VcpuError {
     },
 }
 
-/// All vCPU threads of a VM, held at the gate or running.
+/// All vCPU threads of a VM, held at the gate, parked there or running.
 pub struct Vcpus {
     around: Surroundings,
     threads: Vec<(Arc<Shared>, JoinHandle<()>)>,
 }
 
-/// Makes `count` vCPUs.
+/// Makes `count` vCPUs, those included that may come later: KVM takes none back, and the jail lets
+/// no thread be started.
 ///
 /// # Errors
 ///
@@ -136,6 +137,29 @@ impl Vcpus {
     pub fn reset(&self, entry: Entry) {
         self.around.gate.order(Order::Reset(entry));
         self.around.gate.wait_for(self.threads.len());
+    }
+
+    /// Lets vCPU `index`, which was parked, run as the others do.
+    pub fn admit(&self, index: u32) {
+        self.around.gate.admit(index);
+    }
+
+    /// Gets vCPU `index` out of the guest, into its start state, and keeps it there until it is
+    /// admitted again.
+    pub fn park(&self, index: u32) {
+        self.around.gate.dismiss(index);
+        let shared = usize::try_from(index).ok().and_then(|index| self.threads.get(index));
+        if let Some((shared, _thread)) = shared
+            && let Err(error) = shared.kick()
+        {
+            log::error!("can't interrupt a vCPU: {error}");
+        }
+        self.around.gate.wait_dismissed(index);
+    }
+
+    /// Has the first `count` vCPUs run from now on and no others, while all hold.
+    pub fn admit_first(&self, count: u32) {
+        self.around.gate.admit_first(count);
     }
 
     /// How often each vCPU left the guest.

@@ -41,6 +41,8 @@ const MSR_MTRR_DEFAULT: u32 = 0x2ff;
 /// MTRRs on, all memory write-back unless page attributes say otherwise.
 const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
 
+const APIC_BASE_X2APIC: u64 = 1 << 10;
+
 const LAPIC_LINT0: usize = 0x350;
 const LAPIC_LINT1: usize = 0x360;
 const DELIVERY_EXTERNAL: u32 = 0x700;
@@ -162,6 +164,19 @@ fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) {
         }
         rest = rest.get(count + 1..).unwrap_or_default();
     }
+}
+
+/// Puts the local APIC of a vCPU that never ran into x2APIC mode, as firmware leaves it on a machine
+/// with ids of more than eight bits (Intel's x2APIC specification, 2.7): the other mode can't tell
+/// them apart, and a kernel that finds it ignores them.
+///
+/// # Errors
+///
+/// Fails if KVM refuses it.
+pub fn enable_x2apic(vcpu: &VcpuFd) -> Result<(), RegisterError> {
+    let mut sregs = vcpu.get_sregs().map_err(failed("read", "segments"))?;
+    sregs.apic_base |= APIC_BASE_X2APIC;
+    vcpu.set_sregs(&sregs).map_err(failed("set", "APIC mode"))
 }
 
 /// Makes a vCPU that is in its reset state ready for its first instruction.

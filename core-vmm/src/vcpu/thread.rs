@@ -76,10 +76,14 @@ impl Vcpu {
     /// Fails if KVM refuses any part.
     pub fn new(host: &Host, vm: &VmFd, index: u32, count: u32) -> Result<Self, VcpuError> {
         let failed = |action| move |source| VcpuError::Kvm { action, index, source };
+        let has_large_ids = count > cpuid::MAX_SMALL_IDS;
         let fd = vm.create_vcpu(index.into()).map_err(failed("make"))?;
         let cpuid =
             cpuid::to_kvm(&host.supported.for_vcpu(index, count)).map_err(failed("describe"))?;
         fd.set_cpuid2(&cpuid).map_err(failed("set the CPUID of"))?;
+        if has_large_ids {
+            registers::enable_x2apic(&fd)?;
+        }
         let msrs = host.kvm.get_msr_index_list().map_err(failed("list the MSRs of"))?;
         let reset_state = ResetState::capture(&fd, msrs.as_slice())?;
         Ok(Self { index, fd, reset_state, is_fresh: true })
@@ -111,7 +115,7 @@ impl Vcpu {
 
     /// The thread's life: obey orders until the last.
     pub fn serve(mut self, shared: &Shared, around: &Surroundings) {
-        let mut visitor = around.gate.visit();
+        let mut visitor = around.gate.visit(self.index);
         shared.thread_id.store(sys::thread_id(), Ordering::SeqCst);
         if let Err(error) = seccompiler::apply_filter(&around.filter) {
             around.notifier.raise(self.failed(&error));
@@ -125,10 +129,9 @@ impl Vcpu {
                 }
                 Order::Hold => {}
                 Order::Reset(entry) => {
-                    if let Err(error) = self.reset(&entry) {
-                        around.notifier.raise(self.failed(&error));
-                    }
+                    self.take_start_state(Some(&entry), around);
                 }
+                Order::Park => self.take_start_state(None, around),
                 Order::Run => {
                     self.run(shared, around);
                     self.settle(shared, around);
@@ -141,11 +144,17 @@ impl Vcpu {
         GuestEvent::Failed { vcpu: self.index, reason: crate::error_chain(error) }
     }
 
-    fn reset(&mut self, entry: &Entry) -> Result<(), registers::RegisterError> {
+    fn take_start_state(&mut self, entry: Option<&Entry>, around: &Surroundings) {
+        if let Err(error) = self.reset(entry) {
+            around.notifier.raise(self.failed(&error));
+        }
+    }
+
+    fn reset(&mut self, entry: Option<&Entry>) -> Result<(), registers::RegisterError> {
         if !std::mem::take(&mut self.is_fresh) {
             self.reset_state.restore(&self.fd)?;
         }
-        registers::prepare(&self.fd, Some(entry).filter(|_entry| self.index == 0))
+        registers::prepare(&self.fd, entry.filter(|_entry| self.index == 0))
     }
 
     /// Runs the guest while the gate is open.
@@ -153,7 +162,7 @@ impl Vcpu {
         // What is left of a kick that came while it waited. One that comes after this line has
         // closed the gate before, which is looked at next.
         shared.immediate_exit.set(false);
-        while around.gate.is_open() {
+        while around.gate.is_open(self.index) {
             match exit::run(&mut self.fd, &around.buses, &shared.counts) {
                 After::Again | After::Interrupted => {}
                 After::Crash(reason) => {
