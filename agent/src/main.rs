@@ -20,6 +20,7 @@ mod modules;
 mod monotonic;
 mod mounts;
 mod process;
+mod resources;
 mod sandbox;
 mod seccomp;
 mod serve;

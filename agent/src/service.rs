@@ -1,16 +1,17 @@
 //! The ttrpc service: messages to typed requests, errors to status codes, and no logic between.
 
-use std::{future::Future, sync::Arc};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use nacre_proto::{
     AGENT_MAJOR, AGENT_MINOR,
     agent::{
-        ConfigureSandboxRequest, ConfigureSandboxResponse, CreateContainerRequest,
-        CreateContainerResponse, DeleteResponse, ExecRequest, ExecResponse, HelloRequest,
-        HelloResponse, ProcessRequest, ResizeTerminalRequest, ResizeTerminalResponse,
-        ShutdownRequest, ShutdownResponse, SignalRequest, SignalResponse, StartResponse,
-        UnwrittenRequest, UnwrittenResponse, WaitResponse,
+        AttachDeviceResponse, ConfigureSandboxRequest, ConfigureSandboxResponse,
+        CreateContainerRequest, CreateContainerResponse, DeleteResponse, DetachDeviceResponse,
+        DeviceRequest, ExecRequest, ExecResponse, HelloRequest, HelloResponse, ProcessRequest,
+        ResizeTerminalRequest, ResizeTerminalResponse, ShutdownRequest, ShutdownResponse,
+        SignalRequest, SignalResponse, StartResponse, UnwrittenRequest, UnwrittenResponse,
+        UseResourcesRequest, UseResourcesResponse, WaitResponse,
     },
     agent_ttrpc::Agent,
 };
@@ -20,9 +21,14 @@ use ttrpc::{Code, r#async::TtrpcContext, error::get_rpc_status};
 
 use crate::{
     container::{ContainerError, Containers, NewContainer, NewProcess},
+    devices::{
+        give::{self, GiveError},
+        order::Order,
+    },
     ids::{ContainerId, ExecId, ProcessId},
     monotonic::Monotonic,
     process::{ProcessError, Size, stdio::Wiring},
+    resources::{self, Used},
     sandbox::{Sandbox, SandboxError, disks::DiskRequest},
     shutdown,
     text::chain,
@@ -57,6 +63,10 @@ fn refused(error: &ContainerError) -> ttrpc::Error {
 }
 
 fn not_configured(error: &SandboxError) -> ttrpc::Error {
+    get_rpc_status(error.code(), chain(error))
+}
+
+fn not_given(error: &GiveError) -> ttrpc::Error {
     get_rpc_status(error.code(), chain(error))
 }
 
@@ -231,6 +241,47 @@ impl Agent for Service {
             get_rpc_status(Code::INTERNAL, format!("can't read /proc/meminfo: {error}"))
         })?;
         Ok(UnwrittenResponse { bytes, ..UnwrittenResponse::new() })
+    }
+
+    async fn use_resources(
+        &self,
+        _: &TtrpcContext,
+        request: UseResourcesRequest,
+    ) -> ttrpc::Result<UseResourcesResponse> {
+        let wanted = Used { cpus: request.cpus, memory_bytes: request.memory_bytes };
+        let within = Duration::from_millis(request.within_ms.into());
+        let used = resources::use_all(wanted, within).await.map_err(|error| {
+            get_rpc_status(Code::INTERNAL, format!("can't tell what there is: {error}"))
+        })?;
+        Ok(UseResourcesResponse {
+            online_cpus: used.cpus,
+            memory_bytes: used.memory_bytes,
+            ..UseResourcesResponse::new()
+        })
+    }
+
+    async fn attach_device(
+        &self,
+        _: &TtrpcContext,
+        request: DeviceRequest,
+    ) -> ttrpc::Result<AttachDeviceResponse> {
+        let order = Order::parse(request).map_err(|error| not_given(&error))?;
+        let containers = Arc::clone(&self.containers);
+        let given = async move { give::give(&containers, order).await };
+        let names = to_its_end(given, not_given).await?;
+        Ok(AttachDeviceResponse { names, ..AttachDeviceResponse::new() })
+    }
+
+    async fn detach_device(
+        &self,
+        _: &TtrpcContext,
+        request: DeviceRequest,
+    ) -> ttrpc::Result<DetachDeviceResponse> {
+        let order = Order::parse(request).map_err(|error| not_given(&error))?;
+        let containers = Arc::clone(&self.containers);
+        let taken = async move { give::take(&containers, order).await };
+        to_its_end(taken, not_given).await?;
+        Ok(DetachDeviceResponse::new())
     }
 
     async fn shutdown(

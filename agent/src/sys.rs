@@ -111,7 +111,8 @@ pub(crate) fn install_seccomp(program: &[sock_filter], flags: u32) -> io::Result
     checked(result)
 }
 
-/// Moves this process, which must be single-threaded, into new namespaces.
+/// Moves this thread into new namespaces, or parts it from what its process shares. For mount
+/// namespaces it must be its process's only one.
 ///
 /// # Errors
 ///

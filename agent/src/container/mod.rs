@@ -22,7 +22,7 @@ use crate::{
     process::{
         Process, ProcessError,
         reap::{FollowError, Reaper},
-        state::{Event, Exit, IllegalEvent},
+        state::{Event, Exit, IllegalEvent, Live},
     },
     sandbox::disks::DiskError,
 };
@@ -249,6 +249,17 @@ impl Containers {
             return Ok(self.container(&id.container)?.cgroup.signal_all(signal)?);
         }
         process.signal(signal).map_err(of(id))
+    }
+
+    /// The init of a container whose program runs.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is no such container or its program does not run.
+    pub(crate) fn running_init(&self, id: &ContainerId) -> Result<Live, ContainerError> {
+        let container = self.container(id)?;
+        let live = container.init.live().filter(|_live| container.init.is_running());
+        live.ok_or_else(|| ContainerError::NotRunning(id.clone()))
     }
 
     /// Refuses to create more, and gives the control groups and inits of those that are there.

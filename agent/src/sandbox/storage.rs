@@ -6,7 +6,10 @@ use std::{
 };
 
 use nacre_proto::agent::Storage;
-use rustix::mount::MountFlags;
+use rustix::{
+    io::Errno,
+    mount::{MountFlags, UnmountFlags, unmount},
+};
 use tokio::task::{JoinError, spawn_blocking};
 
 use crate::{
@@ -38,6 +41,9 @@ pub(crate) enum StorageError {
     /// Its mount.
     #[error("no mount")]
     Mount(#[from] MountError),
+    /// Its end.
+    #[error("can't unmount it")]
+    Unmount(#[source] Errno),
     /// The mount was given up.
     #[error("the mount was cut short")]
     Cut(#[source] JoinError),
@@ -124,6 +130,20 @@ impl StoragePlan {
             }
             Driver::Overlay { lower, scratch } => self.mount_overlay(lower, scratch),
         }
+    }
+
+    /// Where it is mounted.
+    pub(crate) fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// Unmounts it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it is in use or not mounted.
+    pub(crate) fn unmount(&self) -> Result<(), StorageError> {
+        unmount(&self.target, UnmountFlags::NOFOLLOW).map_err(StorageError::Unmount)
     }
 
     /// Mounts away from the service's thread: the device's answers may take their time.

@@ -51,6 +51,9 @@ pub(super) fn max_memory(config: &SandboxConfig, facts: &HostFacts) -> Result<By
         }
         Some(max) if max < memory => Err(PlanError::MaxMemory { max, memory }),
         Some(max) if is_beyond_width(max, facts) => Err(beyond_width(max, facts)),
+        Some(max) if max > facts.memory_and_swap => {
+            Err(PlanError::TooMuchMemory { asked: max, available: facts.memory_and_swap })
+        }
         Some(max) => Ok(max),
     }
 }
@@ -73,6 +76,7 @@ mod tests {
         assert_eq!(max_cpus(&config, &facts), Ok(6));
         assert_eq!(max_memory(&config, &facts), Ok(config.memory));
         (config.max_cpus, config.max_memory) = (Some(300), Some(ByteSize(8 * GIB)));
+        facts.memory_and_swap = ByteSize(8 * GIB);
         assert_eq!(max_cpus(&config, &facts), Ok(300));
         assert_eq!(max_memory(&config, &facts), Ok(ByteSize(8 * GIB)));
     }
@@ -89,5 +93,8 @@ mod tests {
         config.max_memory = Some(ByteSize(1 << 41));
         let error = max_memory(&config, &facts).unwrap_err();
         assert!(matches!(error, PlanError::BeyondWidth { .. }));
+        config.max_memory = Some(ByteSize(2 * GIB));
+        let error = max_memory(&config, &facts).unwrap_err();
+        assert!(matches!(error, PlanError::TooMuchMemory { .. }));
     }
 }

@@ -100,8 +100,12 @@ impl Vmm {
         let mut words = vec![
             "--cpus".to_owned(),
             plan.config.cpus.to_string(),
+            "--max-cpus".to_owned(),
+            plan.max_cpus.to_string(),
             "--memory".to_owned(),
             plan.config.memory.to_string(),
+            "--max-memory".to_owned(),
+            plan.max_memory.to_string(),
             "--cmdline".to_owned(),
             plan.command_line.clone(),
             "--serial".to_owned(),
