@@ -22,6 +22,7 @@ use ttrpc::{Code, r#async::TtrpcContext, error::get_rpc_status};
 use crate::{
     container::{ContainerError, Containers, NewContainer, NewProcess},
     devices::{
+        function::FunctionRequest,
         give::{self, GiveError},
         order::Order,
     },
@@ -105,6 +106,7 @@ fn new_container(request: CreateContainerRequest) -> Result<NewContainer, Contai
         id: ContainerId::parse(&request.container_id)?,
         wiring: wiring(request.terminal, request.stdin),
         disks: request.devices.iter().map(disk).collect::<Result<_, _>>()?,
+        functions: FunctionRequest::parse_all(&request.functions)?,
         oci_spec: request.oci_spec,
     })
 }

@@ -54,12 +54,15 @@ pub enum BackendExit {
 /// Exit codes of `nacre run` that are not the container's own.
 ///
 /// A container's code is passed through; one that is ended by signal n gives 128 + n. Codes from
-/// [`RunExit::Usage`] to [`RunExit::BackendStart`] say which part of the set-up failed, before any guest ran:
+/// [`RunExit::Usage`] to [`RunExit::BackendStart`], and [`RunExit::Device`], say which part of the set-up
+/// failed, before any guest ran:
 /// [`RunExit::Setup`] is for the rest. As with every container tool, a container may exit with one
 /// of these codes itself; the line on standard error tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum RunExit {
+    /// A device of the host's can't be given to the guest.
+    Device = 103,
     /// The container ended with 0, but the guest did not write back all that it wrote.
     NotWritten = 104,
     /// The command line makes no sense.

@@ -20,6 +20,7 @@ pub mod name;
 pub mod network;
 pub mod output_log;
 mod packets;
+pub mod passthrough;
 pub mod paths;
 pub mod plan;
 pub mod record;

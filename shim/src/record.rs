@@ -15,7 +15,7 @@ use std::{
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
-use crate::{log_file, name::SandboxName};
+use crate::{log_file, name::SandboxName, passthrough::Binding};
 
 /// The version of the format that this program writes and reads.
 pub const VERSION: u32 = 1;
@@ -112,6 +112,9 @@ pub struct Record {
     pub added_networks: BTreeMap<String, NetworkRecord>,
     /// Its cgroup on the host.
     pub cgroup: Option<PathBuf>,
+    /// The host's devices that were taken from their drivers for it.
+    #[serde(default)]
+    pub bindings: Vec<Binding>,
 }
 
 /// Why a record can't be had.
@@ -262,6 +265,7 @@ pub(crate) mod tests {
             network: None,
             added_networks: BTreeMap::new(),
             cgroup: None,
+            bindings: Vec::new(),
         }
     }
 

@@ -14,6 +14,7 @@ use crate::{
         CONTAINERS_MAX, Container, ContainerError, Containers, Slot, init_of, of, record_end,
         spec::{Amended, DiskNode, amend},
     },
+    devices::function::{self, FunctionRequest},
     ids::ContainerId,
     launch::{
         BUNDLES, CAPABILITIES_SUFFIX, Kind, LIBCONTAINER_STATE, Order,
@@ -38,6 +39,8 @@ pub(crate) struct NewContainer {
     pub(crate) wiring: Wiring,
     /// Disks to be device nodes.
     pub(crate) disks: Vec<DiskRequest>,
+    /// Devices of the host's.
+    pub(crate) functions: Vec<FunctionRequest>,
 }
 
 /// A name that is taken but not in use yet; given back when dropped.
@@ -59,7 +62,8 @@ impl Containers {
     /// Makes a container and its init, which waits before its execve; gives the init's number.
     pub(crate) async fn create(&self, new: NewContainer) -> Result<u32, ContainerError> {
         let reserved = self.reserve(&new.id)?;
-        let nodes = disks::nodes(&new.disks).await?;
+        let mut nodes = disks::nodes(&new.disks).await?;
+        nodes.extend(function::nodes(&new.functions).await?);
         let terminal = new.wiring == Wiring::Terminal;
         let amended = amend(&new.oci_spec, Cgroup::spec_path(&new.id), &nodes, terminal)?;
         let made = self.make(&new, amended, &nodes).await;

@@ -17,6 +17,7 @@ use ttrpc::Code;
 use crate::{
     cgroup::{Cgroup, CgroupError},
     container::{spec::SpecError, start::Pending},
+    devices::function::FunctionError,
     ids::{ContainerId, ExecId, IdError, ProcessId},
     launch::spawn::{Launch, LaunchError},
     process::{
@@ -81,6 +82,9 @@ pub(crate) enum ContainerError {
     /// A disk.
     #[error("can't find a disk")]
     Disk(#[from] DiskError),
+    /// A device of the host's.
+    #[error("can't use a device of the host's")]
+    Function(#[from] FunctionError),
     /// The control group.
     #[error("can't use the control group")]
     Cgroup(#[from] CgroupError),
@@ -129,6 +133,10 @@ impl ContainerError {
             Self::Spec(SpecError::Unsupported(_)) => Code::UNIMPLEMENTED,
             Self::Spec(SpecError::TooLarge(_)) | Self::TooMany { .. } => Code::RESOURCE_EXHAUSTED,
             Self::Spec(SpecError::Missing(_)) => Code::INVALID_ARGUMENT,
+            Self::Function(FunctionError::Address(_) | FunctionError::TooMany(_)) => {
+                Code::INVALID_ARGUMENT
+            }
+            Self::Function(_) => Code::UNAVAILABLE,
             Self::NotFound(_) | Self::Disk(_) => Code::NOT_FOUND,
             Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::Busy(_) | Self::ShuttingDown | Self::NotRunning(_) | Self::NotEnded(_) => {

@@ -12,7 +12,9 @@ use std::{
 use nacre_proto::pci::PciAddress;
 use tokio::time::sleep;
 
-const PCI_DEVICES: &str = "/sys/bus/pci/devices";
+pub(super) const PCI_DEVICES: &str = "/sys/bus/pci/devices";
+/// Disks that several NVMe controllers may have are here and not below one of them.
+const NVME_SUBSYSTEMS: &str = "/sys/class/nvme-subsystem";
 /// The longest pause between two looks.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// How far below a device what its driver made is looked for: an NVMe name space is three below.
@@ -71,8 +73,8 @@ pub(crate) async fn appeared(
     let mut pause = Duration::from_millis(1);
     loop {
         let device = folder(Path::new(PCI_DEVICES), address);
-        let found: Vec<Part> =
-            parts(&device).into_iter().filter(|part| is_wanted(part, subsystems)).collect();
+        let found = parts(&device, Path::new(NVME_SUBSYSTEMS)).into_iter();
+        let found: Vec<Part> = found.filter(|part| is_wanted(part, subsystems)).collect();
         if !found.is_empty() {
             return Ok(found);
         }
@@ -94,15 +96,15 @@ fn is_wanted(part: &Part, subsystems: &[&str]) -> bool {
 
 /// What drivers have made of the device at `address` by now.
 pub(crate) fn now(address: PciAddress) -> Vec<Part> {
-    parts(&folder(Path::new(PCI_DEVICES), address))
+    parts(&folder(Path::new(PCI_DEVICES), address), Path::new(NVME_SUBSYSTEMS))
 }
 
-fn folder(devices: &Path, address: PciAddress) -> PathBuf {
+pub(super) fn folder(devices: &Path, address: PciAddress) -> PathBuf {
     devices.join(address.to_string())
 }
 
 /// All parts below a device's folder. One that goes while it is looked at is left out.
-fn parts(device: &Path) -> Vec<Part> {
+fn parts(device: &Path, nvme_subsystems: &Path) -> Vec<Part> {
     let mut found = Vec::new();
     let mut open = vec![(device.to_path_buf(), DEPTH)];
     while let Some((folder, depth)) = open.pop() {
@@ -112,7 +114,11 @@ fn parts(device: &Path) -> Vec<Part> {
                 continue;
             }
             let path = entry.path();
-            found.extend(part(&path));
+            let part = part(&path);
+            if part.as_ref().is_some_and(|part| part.subsystem == "nvme") {
+                open.extend(shared_disks(nvme_subsystems, &path).map(|folder| (folder, 1)));
+            }
+            found.extend(part);
             if depth > 1 {
                 open.push((path, depth - 1));
             }
@@ -122,11 +128,22 @@ fn parts(device: &Path) -> Vec<Part> {
     found
 }
 
+/// Where an NVMe controller's disks are if other controllers may have them too.
+fn shared_disks(nvme_subsystems: &Path, controller: &Path) -> Option<PathBuf> {
+    let name = controller.file_name()?;
+    let all = fs::read_dir(nvme_subsystems).ok()?.flatten().map(|entry| entry.path());
+    all.into_iter().find(|folder| folder.join(name).exists())
+}
+
 fn part(path: &Path) -> Option<Part> {
     let subsystem = fs::read_link(path.join("subsystem")).ok()?;
     let subsystem = subsystem.file_name()?.to_string_lossy().into_owned();
     // Part of a disk, and gone with it.
     if path.join("partition").exists() {
+        return None;
+    }
+    // One of the ways to a disk that several controllers have: of no use by itself.
+    if fs::read_to_string(path.join("hidden")).is_ok_and(|hidden| hidden.trim() == "1") {
         return None;
     }
     let name = path.file_name()?.to_string_lossy().into_owned();
@@ -168,7 +185,8 @@ mod tests {
     }
 
     fn found(devices: &tempfile::TempDir, address: &str) -> Vec<(String, String)> {
-        let parts = parts(&folder(devices.path(), address.parse().unwrap()));
+        let device = folder(devices.path(), address.parse().unwrap());
+        let parts = parts(&device, &devices.path().join("subsystems"));
         parts.into_iter().map(|part| (part.subsystem, part.name)).collect()
     }
 
@@ -182,8 +200,22 @@ mod tests {
         assert_eq!(found(&devices, "0000:00:06.0"), nvme);
         assert!(found(&devices, "0000:00:07.0").contains(&pair("net", "eth7")));
         assert!(found(&devices, "0000:00:08.0").is_empty());
-        let parts = parts(&devices.path().join("0000:00:06.0"));
+        let parts = parts(&devices.path().join("0000:00:06.0"), Path::new("/none"));
         assert_eq!(parts[0].number, Some((259, 0)));
+    }
+
+    #[test]
+    fn a_disk_that_several_controllers_have_is_found_once() {
+        let devices = devices();
+        let disk = devices.path().join("0000:00:06.0/nvme/nvme0/nvme0n1");
+        fs::write(disk.join("hidden"), "1\n").unwrap();
+        let subsystem = devices.path().join("subsystems/nvme-subsys0");
+        fs::create_dir_all(subsystem.join("nvme0n2")).unwrap();
+        symlink("/sys/class/block", subsystem.join("nvme0n2/subsystem")).unwrap();
+        symlink(disk.parent().unwrap(), subsystem.join("nvme0")).unwrap();
+        let pair = |kind: &str, name: &str| (kind.to_owned(), name.to_owned());
+        let nvme = [pair("block", "nvme0n2"), pair("nvme", "nvme0")];
+        assert_eq!(found(&devices, "0000:00:06.0"), nvme);
     }
 
     #[tokio::test]

@@ -214,6 +214,14 @@ fn connect() -> Result<Netlink, NetworkError> {
         .map_err(|source| NetworkError::Kernel("open a netlink socket".to_owned(), source))
 }
 
+/// Gives addresses to an interface that is there, by its name, and sets it up.
+pub(crate) async fn set_up(name: String, addresses: Vec<(IpAddr, u8)>) -> Result<(), NetworkError> {
+    let index = index_of(&Path::new(DEVICES).join(&name));
+    let index = index.ok_or_else(|| invalid("interface", &name))?;
+    let plan = InterfacePlan { mac: String::new(), name, mtu: None, addresses };
+    spawn_blocking(move || plan.tell_kernel(&connect()?, index)).await.map_err(NetworkError::Cut)?
+}
+
 async fn appeared(mac: &str) -> Result<u32, NetworkError> {
     let deadline = Instant::now() + APPEAR_LIMIT;
     let mut pause = Duration::from_millis(1);
@@ -251,7 +259,8 @@ fn name(name: &str) -> Result<String, NetworkError> {
     }
 }
 
-fn cidr(text: &str) -> Result<(IpAddr, u8), NetworkError> {
+/// An address and the length of its prefix.
+pub(crate) fn cidr(text: &str) -> Result<(IpAddr, u8), NetworkError> {
     let parsed = text.split_once('/').and_then(|(address, prefix)| {
         let address: IpAddr = address.parse().ok()?;
         let prefix: u8 = prefix.parse().ok()?;

@@ -16,7 +16,7 @@ use std::{net::Ipv4Addr, path::PathBuf};
 use nacre_proto::agent::{Device, Storage};
 use oci_spec::runtime::Spec;
 
-use crate::{cgroup::HostLimits, name::SandboxName, size::ByteSize};
+use crate::{cgroup::HostLimits, name::SandboxName, passthrough::Function, size::ByteSize};
 pub use error::PlanError;
 use inputs::HostFacts;
 use process::ProcessConfig;
@@ -101,6 +101,8 @@ pub struct SandboxConfig {
     pub volumes: Vec<Volume>,
     /// Disks.
     pub disks: Vec<Disk>,
+    /// Devices of the host's that the guest is given as they are.
+    pub passthrough: Vec<Function>,
     /// Whether there is a network.
     pub network: bool,
     /// The name that the guest and the container have for themselves.
@@ -168,6 +170,12 @@ impl DevicePlan {
             Self::Network { id, .. } => id,
         }
     }
+}
+
+/// The id of the passthrough device number `index`.
+#[must_use]
+pub fn passthrough_id(index: usize) -> String {
+    format!("vfio-{index}")
 }
 
 /// A sandbox that can be made.

@@ -17,6 +17,7 @@ pub(crate) fn config() -> SandboxConfig {
         max_memory: None,
         volumes: vec![Volume { host: "/data".into(), guest: "/mnt/data".into(), read_only: true }],
         disks: vec![Disk { path: "/disk.img".into(), read_only: false }],
+        passthrough: Vec::new(),
         network: true,
         hostname: None,
         process: ProcessConfig { arguments: vec!["true".to_owned()], ..ProcessConfig::default() },

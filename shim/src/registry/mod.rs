@@ -17,9 +17,10 @@ use nacre_proto::exit::RunExit;
 use rustix::process::{Signal, pidfd_send_signal};
 
 use crate::{
-    cgroup, lock,
+    cgroup, error_chain, lock,
     name::SandboxName,
     network::{self, address},
+    passthrough::{Host, binding},
     paths::SandboxFiles,
     record::{NetworkRecord, Phase, ProcessRecord, Record, RecordError},
 };
@@ -192,6 +193,7 @@ impl Registry {
                 (record.network, record.cgroup) = (None, None);
                 record.added_networks.clear();
                 record.children.clear();
+                record.bindings.clear();
                 record.write(files.folder())?;
             } else {
                 log::info!("clears away what is left of sandbox `{}`", record.name);
@@ -302,6 +304,13 @@ impl Registry {
         }
         if let Some(path) = &record.cgroup {
             cgroup::remove(path);
+        }
+        for binding in record.bindings.iter().rev() {
+            // Waits until the VMM, which was killed above, has let go of it.
+            if let Err(error) = binding::give_back(&Host::default(), binding) {
+                let address = &binding.address;
+                log::warn!("device {address} is not given back: {}", error_chain(&error));
+            }
         }
         Ok(())
     }

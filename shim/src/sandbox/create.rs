@@ -13,8 +13,12 @@ use crate::{
     backends::{Backends, Devices, Surroundings, VmmEnd},
     cgroup::CgroupError,
     fault::{self, Step},
+    passthrough::{
+        PassthroughError,
+        memlock::{self, Raised},
+    },
     paths::SandboxFiles,
-    plan::SandboxPlan,
+    plan::{SandboxConfig, SandboxPlan},
     record::{Phase, ProcessRecord, Record, VERSION},
     registry::RegistryError,
     sandbox::{
@@ -84,6 +88,7 @@ fn record(plan: &SandboxPlan) -> Record {
         network: None,
         added_networks: BTreeMap::new(),
         cgroup: None,
+        bindings: Vec::new(),
     }
 }
 
@@ -169,7 +174,9 @@ impl BackendsUp {
     /// Fails if it can't be started; that it ends again is seen by the next step.
     pub fn start_vmm(self) -> Result<VmUp, SandboxError> {
         let Self { backends, ends, host, base } = self;
-        let vmm = Vmm::start(&base.plan, &base.surroundings(&host)?, ends)?;
+        let given = host.open_devices(&base.plan)?;
+        let _raised = memlock(&base.plan)?;
+        let vmm = Vmm::start(&base.plan, &base.surroundings(&host)?, ends, given)?;
         let devices = backends.keep(&vmm.link());
         let path = base.files.control();
         let control = ControlSocket::open(path.clone(), devices.roster().clone(), vmm.link())
@@ -181,6 +188,13 @@ impl BackendsUp {
         fault::point(Step::Vmm)?;
         Ok(up)
     }
+}
+
+/// Lets the VMM lock what the devices that it is given need, as long as the answer lives.
+fn memlock(plan: &SandboxPlan) -> Result<Option<Raised>, PassthroughError> {
+    let SandboxConfig { memory, passthrough, .. } = &plan.config;
+    let needed = memlock::needed(*memory, passthrough.len());
+    (!passthrough.is_empty()).then(|| Raised::to(needed)).transpose()
 }
 
 /// The guest boots. In the order of the fields it is taken down.
@@ -229,6 +243,7 @@ impl AgentUp {
     /// Fails if the agent refuses or a process ends.
     pub async fn start_container(self, ends: Ends) -> Result<Running, SandboxError> {
         let Self { agent, mut vm } = self;
+        let functions = vm.functions().await?;
         let plan = &vm.base.plan;
         let container = plan.config.name.to_string();
         let terminal = ends.terminal;
@@ -238,6 +253,7 @@ impl AgentUp {
             terminal,
             stdin: ends.input.is_some(),
             devices: plan.container_devices.clone(),
+            functions,
             ..CreateContainerRequest::default()
         };
         vm.guarded(agent.create(&request)).await.map_err(|error| program_error(&vm, error))?;

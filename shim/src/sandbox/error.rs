@@ -11,6 +11,7 @@ use crate::{
     child::End,
     fault::Injected,
     network::NetworkError,
+    passthrough::PassthroughError,
     registry::RegistryError,
     streams::StreamError,
     vmm::{self, VmmError},
@@ -28,6 +29,9 @@ pub enum SandboxError {
     /// The host gives no cgroup.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// A device of the host's can't be given to the guest.
+    #[error(transparent)]
+    Passthrough(#[from] PassthroughError),
     /// The path of the vsock socket does not fit into a socket address.
     #[error("the path {} is too long for a socket: at most 107 bytes (set NACRE_STATE)", .0.display())]
     SocketPath(PathBuf),
@@ -126,6 +130,7 @@ impl SandboxError {
             Self::Registry(error) => error.exit(),
             Self::Network(_) => RunExit::Network,
             Self::Cgroup(_) => RunExit::Limits,
+            Self::Passthrough(_) => RunExit::Device,
             Self::Backend(BackendError::Child(error)) | Self::Vmm(VmmError::Child(error))
                 if error.is_about_program() =>
             {

@@ -1,9 +1,13 @@
 //! What the host has for a sandbox beside its processes.
 
+use vfio::{HostAddress, Opened};
+
 use crate::{
     cgroup::{self, Cgroup},
+    error_chain,
     fault::{self, Step},
     network::{self, Network, NetworkError},
+    passthrough::{self, Host, PassthroughError, binding},
     plan::SandboxPlan,
     registry::{Registration, RegistryError},
     sandbox::SandboxError,
@@ -37,6 +41,7 @@ impl HostResources {
         fault::point(Step::Network)?;
         resources.limit(plan)?;
         fault::point(Step::Cgroup)?;
+        resources.take_devices(plan)?;
         Ok(resources)
     }
 
@@ -75,6 +80,53 @@ impl HostResources {
         Ok(())
     }
 
+    /// Takes the host's devices that the guest is to have from their drivers, where that is asked.
+    fn take_devices(&mut self, plan: &SandboxPlan) -> Result<(), SandboxError> {
+        let functions = &plan.config.passthrough;
+        passthrough::check(&Host::default(), functions)?;
+        for function in functions.iter().filter(|function| function.bind) {
+            self.take_device(function.address)?;
+        }
+        Ok(())
+    }
+
+    /// Takes one device from its driver. It is written down first, and given back with the rest or
+    /// by [`Self::give_back_device`].
+    pub(super) fn take_device(&mut self, address: HostAddress) -> Result<(), SandboxError> {
+        let host = Host::default();
+        let Some(registration) = &mut self.registration else { return Ok(()) };
+        let Some(found) = binding::plan(&host, address)? else { return Ok(()) };
+        registration.update(|record| record.bindings.push(found))?;
+        binding::bind(&host, address)?;
+        Ok(())
+    }
+
+    /// Opens the devices for the VMM, in the plan's order.
+    pub(super) fn open_devices(&self, plan: &SandboxPlan) -> Result<Vec<Opened>, PassthroughError> {
+        let host = Host::default();
+        let functions = plan.config.passthrough.iter();
+        functions.map(|function| passthrough::open(&host, function.address)).collect()
+    }
+
+    /// Gives one device, which nobody has open any more, back to the driver that it had.
+    pub(super) fn give_back_device(&mut self, address: HostAddress) {
+        let Some(registration) = &mut self.registration else { return };
+        let address = address.to_string();
+        let is_it = |binding: &&passthrough::Binding| binding.address == address;
+        let Some(found) = registration.record().bindings.iter().find(is_it).cloned() else {
+            return;
+        };
+        if let Err(error) = binding::give_back(&Host::default(), &found) {
+            log::warn!("device {address} is not given back: {}", error_chain(&error));
+            return;
+        }
+        if let Err(error) =
+            registration.update(|record| record.bindings.retain(|one| *one != found))
+        {
+            log::warn!("{error}");
+        }
+    }
+
     /// Takes down all but the sandbox's folder, which keeps its record and logs.
     ///
     /// # Errors
@@ -85,9 +137,20 @@ impl HostResources {
         self.registration.take().map_or(Ok(()), |registration| registration.keep(code))
     }
 
+    fn give_back_devices(&mut self) {
+        let Some(registration) = &self.registration else { return };
+        let bindings = registration.record().bindings.iter();
+        let addresses: Vec<_> =
+            bindings.rev().filter_map(|binding| binding.address.parse().ok()).collect();
+        for address in addresses {
+            self.give_back_device(address);
+        }
+    }
+
     fn take_down(&mut self) {
         drop(self.cgroup.take());
         drop(self.network.take());
+        self.give_back_devices();
         if let Some(registration) = &mut self.registration {
             registration.release_networks();
         }

@@ -19,6 +19,7 @@ mod connect;
 mod control;
 mod create;
 mod error;
+mod functions;
 mod host;
 mod run;
 mod shutdown;

@@ -12,12 +12,13 @@ use std::{
 
 use nacre_proto::{exit::VmmExit, vmm::MessageError};
 use tokio::{io::AsyncReadExt, net::unix::pipe, sync::watch, task::JoinSet, time::timeout};
+use vfio::Opened;
 
 use crate::{
     backends::{Surroundings, VmmEnd},
-    child::{Child, ChildError, End},
+    child::{Child, ChildError, End, Launch},
     log_file::{self, CappedFile},
-    plan::{DevicePlan, SandboxPlan},
+    plan::{DevicePlan, SandboxPlan, passthrough_id},
 };
 
 pub(crate) use link::{Link, Parting, pair};
@@ -87,6 +88,7 @@ impl Vmm {
         plan: &SandboxPlan,
         surroundings: &Surroundings,
         devices: Vec<VmmEnd>,
+        given: Vec<Opened>,
     ) -> Result<Self, VmmError> {
         let prepare = |what| move |source: io::Error| VmmError::Prepare { what, source };
         let (console, console_in_child) = io::pipe().map_err(prepare("pipe"))?;
@@ -124,6 +126,7 @@ impl Vmm {
             }
             words.extend(["--vhost-user".to_owned(), device]);
         }
+        words.extend(passthrough_words(plan, given, &mut launch));
         let launch = launch
             .args([
                 "--kernel".into(),
@@ -191,6 +194,20 @@ impl Drop for Vmm {
             log::debug!("the guest's console ends with:\n{said}");
         }
     }
+}
+
+/// The arguments for the host's devices that the guest is given, in the plan's order.
+fn passthrough_words(plan: &SandboxPlan, given: Vec<Opened>, launch: &mut Launch) -> Vec<String> {
+    let mut words = Vec::new();
+    let functions = plan.config.passthrough.iter();
+    for (index, (function, Opened { container, group, device })) in functions.zip(given).enumerate()
+    {
+        let (id, address) = (passthrough_id(index), function.address);
+        let [container, group, device] = [container, group, device].map(|fd| launch.hand_in(fd));
+        let fds = format!("container-fd={container},group-fd={group},device-fd={device}");
+        words.extend(["--vfio".to_owned(), format!("id={id},address={address},{fds}")]);
+    }
+    words
 }
 
 /// What the VMM's exit code means; `None` if it did not exit in a way that it knows.

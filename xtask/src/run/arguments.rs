@@ -51,6 +51,7 @@ const LONG: &[(&str, Value)] = &[
     ("name", Value::Plain),
     ("kernel-args", Value::Plain),
     ("cpus", Value::Plain),
+    ("device", Value::Plain),
     ("memory", Value::Plain),
     ("user", Value::Plain),
     ("workdir", Value::Plain),

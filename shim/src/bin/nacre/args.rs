@@ -93,6 +93,10 @@ pub(crate) struct Run {
     /// A disk image for the container, as /dev/disk-0, /dev/disk-1 and so on.
     #[arg(long, value_name = "FILE[:ro]")]
     pub(crate) disk: Vec<String>,
+    /// A PCI device of the host for the guest, by VFIO; with `bind`, taken from its driver and given
+    /// back at the end. Its interfaces get the address of `ip`.
+    #[arg(long, value_name = "vfio:ADDRESS[,bind][,ip=ADDRESS/BITS]")]
+    pub(crate) device: Vec<String>,
     /// Give the sandbox a network, with a way out where the host has one.
     #[arg(long)]
     pub(crate) net: bool,

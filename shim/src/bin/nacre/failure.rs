@@ -9,6 +9,7 @@ use nacre_proto::exit::RunExit;
 use shim::{
     error_chain,
     image::ImageError,
+    passthrough::FunctionError,
     plan::{PlanError, inputs::InputError},
     registry::RegistryError,
     sandbox::{SandboxError, StopError},
@@ -87,7 +88,7 @@ fn exit(error: &(dyn Error + 'static)) -> RunExit {
         error.exit()
     } else if let Some(StopError::Registry(error)) = error.downcast_ref() {
         error.exit()
-    } else if error.is::<Malformed>() {
+    } else if error.is::<Malformed>() || error.is::<FunctionError>() {
         RunExit::Usage
     } else if error.is::<NotPermitted>() {
         RunExit::NotPermitted

@@ -10,6 +10,7 @@ use shim::{
     cgroup::HostLimits,
     image::{Cancel, Image, ImageDefaults},
     name::SandboxName,
+    passthrough::Function,
     paths,
     plan::{
         ContainerLimits, Disk, SandboxConfig, SandboxPlan, Volume, inputs, inputs::HostFacts,
@@ -40,6 +41,7 @@ pub(crate) struct Request {
     cache: PathBuf,
     volumes: Vec<Volume>,
     disks: Vec<Disk>,
+    passthrough: Vec<Function>,
     pub(crate) run: Run,
 }
 
@@ -67,6 +69,7 @@ impl Request {
             programs,
             volumes: run.volume.iter().map(|given| volume(given)).collect::<Result<_, _>>()?,
             disks: run.disk.iter().map(|given| disk(given)).collect::<Result<_, _>>()?,
+            passthrough: run.device.iter().map(|given| given.parse()).collect::<Result<_, _>>()?,
             run,
         })
     }
@@ -110,6 +113,7 @@ impl Request {
             max_memory: run.max_memory,
             volumes: self.volumes.clone(),
             disks: self.disks.clone(),
+            passthrough: self.passthrough.clone(),
             network: run.net,
             hostname: run.hostname.clone(),
             process,
