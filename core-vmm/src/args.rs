@@ -5,7 +5,10 @@ use std::{collections::HashSet, os::fd::RawFd, path::PathBuf};
 use clap::Parser;
 use log::LevelFilter;
 
-use crate::config::{AssignedConfig, Config, DeviceConfig, Endpoint, OnReset, SerialConfig};
+use crate::{
+    config::{AssignedConfig, Config, DeviceConfig, Endpoint, OnReset, SerialConfig},
+    memory::layout,
+};
 
 /// Runs one virtual machine whose devices are vhost-user processes.
 #[derive(Debug, Parser)]
@@ -39,6 +42,10 @@ pub struct Args {
     /// A device of the host's: id=NAME,address=0000:01:00.0[,container-fd=N,group-fd=N,device-fd=N].
     #[arg(long = "vfio", value_name = "DEVICE", value_parser = parse_assigned)]
     assigned: Vec<AssignedConfig>,
+    /// How many PCI segments, each of which has room for 31 devices.
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..=i64::from(layout::MAX_PCI_SEGMENTS)))]
+    pci_segments: u16,
     /// The serial port: none, stdio, fd=N or file=PATH.
     #[arg(long, value_name = "WHERE", default_value = "none", value_parser = parse_serial)]
     serial: SerialConfig,
@@ -116,6 +123,7 @@ impl Args {
             max_cpus,
             memory_bytes: self.memory,
             max_memory_bytes: self.max_memory.unwrap_or(self.memory),
+            pci_segments: self.pci_segments,
             devices: self.devices,
             assigned: self.assigned,
             serial: self.serial,
@@ -261,6 +269,7 @@ mod tests {
         assert_eq!((config.cpus, config.memory_bytes), (1, 512 << 20));
         assert_eq!(config.max_memory_bytes, 512 << 20);
         assert_eq!(config.serial, SerialConfig::None);
+        assert_eq!(config.pci_segments, 1);
         assert_eq!(config.on_reset, OnReset::Restart);
     }
 

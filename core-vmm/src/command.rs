@@ -1,25 +1,34 @@
 //! Which command is legal when. No effects here: the control loop applies what this decides.
 //!
 //! ```text
-//!             state of the device:   Idle  Active  NeedsReset  Lost  Quiesced  Passthrough
-//! Quiesce                            yes   yes     yes         no    no        no
-//! Reconnect                          no    no      no          yes   yes       no
+//!                        the VM:  runs  waits in a reset  ends
+//! Status, Stop                    yes   yes               yes
+//! PowerButton                     yes   yes               no
+//! Quiesce, Reconnect              yes   yes               no
+//! RemoveDevice                    yes   yes               no
+//! AddDevice                       yes   no                no
+//! SetCpus                         yes   no                no    from 1 to what there can be, if it
+//!                                                               can change
 //!
-//!             the VM:  runs  waits in a reset  ends
-//! Status, Stop         yes   yes               yes
-//! PowerButton          yes   yes               no
-//! Quiesce, Reconnect   yes   yes               no
-//! SetCpus              yes   no                no    from 1 to what there can be, if it can change
+//!             state of the device:   Idle  Active  NeedsReset  Lost  Quiesced  Passthrough  none
+//! Quiesce                             yes   yes     yes         no    no        no           no
+//! Reconnect                           no    no      no          yes   yes       no           no
+//! RemoveDevice                        yes   yes     yes         yes   yes       yes          no
+//! RemoveDevice, leaving already       no    no      no          no    no        no           -
+//! AddDevice of the same id            no    no      no          no    no        no           yes
 //! ```
+//!
+//! A device that is leaving works until the guest has ejected it, so that its backend may be
+//! quiesced and replaced as before. All commands need the number of descriptors that is theirs.
 //!
 //! More vCPUs while some have yet to go are refused later, by `acpi::cpu_hotplug`: one that is to go
 //! can't be called back, as nobody knows how far the guest has come with it. Fewer, or the same
 //! number again, tell the guest once more.
 
-use nacre_proto::vmm::{Command, DeviceState, DeviceStatus, NewDeviceKind, State};
+use nacre_proto::vmm::{Command, DeviceState, DeviceStatus, NewDevice, NewDeviceKind, State};
 
 /// What the control loop is to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Tell how the VM is.
     Report,
@@ -33,6 +42,10 @@ pub enum Action {
     Reconnect(usize),
     /// Have the backend of the device of this index stop and hang up.
     Quiesce(usize),
+    /// Put this device on a bus, with what came along.
+    AddDevice(NewDevice),
+    /// Ask the guest for the device of this index.
+    RemoveDevice(usize),
 }
 
 /// Why a command is refused.
@@ -53,6 +66,18 @@ pub enum Refusal {
     /// The device is the host's.
     #[error("no process of ours serves the device")]
     NoProcess,
+    /// The guest was asked for the device, and still has it.
+    #[error("the guest was asked for the device already")]
+    Leaving,
+    /// Another device has the id.
+    #[error("there is a device of this id")]
+    IdTaken,
+    /// A device needs a name.
+    #[error("a device's id is from 1 to {MAX_ID_BYTES} bytes long")]
+    Id,
+    /// The PCI device id has six bits for it.
+    #[error("{0} is no virtio device type from 1 to 63")]
+    DeviceType(u16),
     /// The guest's reset is not done.
     #[error("the guest is being reset")]
     Resetting,
@@ -80,6 +105,9 @@ pub enum Refusal {
     },
 }
 
+/// The longest id of a device that is added.
+pub const MAX_ID_BYTES: usize = 128;
+
 /// What a command is judged by.
 #[derive(Clone, Copy, Debug)]
 pub struct Situation<'a> {
@@ -99,7 +127,7 @@ pub struct Situation<'a> {
 ///
 /// # Errors
 ///
-/// Fails if the command makes no sense in that state.
+/// Fails if the command makes no sense in that situation.
 pub fn decide(
     situation: &Situation<'_>,
     command: &Command,
@@ -113,27 +141,39 @@ pub fn decide(
     match (situation.state, command) {
         (State::Running | State::Ending, Command::Status) => Ok(Action::Report),
         (State::Running | State::Ending, Command::Stop) => Ok(Action::Stop),
+        (State::Ending, _) => Err(Refusal::Ending),
         (State::Running, Command::PowerButton) => Ok(Action::PressPowerButton),
-        (State::Running, Command::Reconnect { device }) => match find(devices, device)? {
-            (index, DeviceState::Lost | DeviceState::Quiesced) => Ok(Action::Reconnect(index)),
-            (_, DeviceState::Idle | DeviceState::Active | DeviceState::NeedsReset) => {
-                Err(Refusal::HasBackend)
-            }
-            (_, DeviceState::Passthrough) => Err(Refusal::NoProcess),
-        },
-        (State::Running, Command::Quiesce { device }) => match find(devices, device)? {
-            (index, DeviceState::Idle | DeviceState::Active | DeviceState::NeedsReset) => {
-                Ok(Action::Quiesce(index))
-            }
-            (_, DeviceState::Lost | DeviceState::Quiesced) => Err(Refusal::HasNoBackend),
-            (_, DeviceState::Passthrough) => Err(Refusal::NoProcess),
+        (State::Running, Command::Reconnect { device }) => reconnect(devices, device),
+        (State::Running, Command::Quiesce { device }) => quiesce(devices, device),
+        (State::Running, Command::AddDevice { device }) => add(situation, device),
+        (State::Running, Command::RemoveDevice { device }) => match find(devices, device)? {
+            index if devices[index].leaving => Err(Refusal::Leaving),
+            index => Ok(Action::RemoveDevice(index)),
         },
         (State::Running, Command::SetCpus { cpus }) => set_cpus(situation, *cpus),
-        (
-            State::Running,
-            Command::SetMemory { .. } | Command::AddDevice { .. } | Command::RemoveDevice { .. },
-        ) => Err(Refusal::NotYet),
-        (State::Ending, _) => Err(Refusal::Ending),
+        (State::Running, Command::SetMemory { .. }) => Err(Refusal::NotYet),
+    }
+}
+
+fn reconnect(devices: &[DeviceStatus], id: &str) -> Result<Action, Refusal> {
+    let index = find(devices, id)?;
+    match devices[index].state {
+        DeviceState::Lost | DeviceState::Quiesced => Ok(Action::Reconnect(index)),
+        DeviceState::Idle | DeviceState::Active | DeviceState::NeedsReset => {
+            Err(Refusal::HasBackend)
+        }
+        DeviceState::Passthrough => Err(Refusal::NoProcess),
+    }
+}
+
+fn quiesce(devices: &[DeviceStatus], id: &str) -> Result<Action, Refusal> {
+    let index = find(devices, id)?;
+    match devices[index].state {
+        DeviceState::Idle | DeviceState::Active | DeviceState::NeedsReset => {
+            Ok(Action::Quiesce(index))
+        }
+        DeviceState::Lost | DeviceState::Quiesced => Err(Refusal::HasNoBackend),
+        DeviceState::Passthrough => Err(Refusal::NoProcess),
     }
 }
 
@@ -147,6 +187,26 @@ fn set_cpus(situation: &Situation<'_>, cpus: u32) -> Result<Action, Refusal> {
         Err(Refusal::Resetting)
     } else {
         Ok(Action::SetCpus(cpus))
+    }
+}
+
+fn add(situation: &Situation<'_>, new: &NewDevice) -> Result<Action, Refusal> {
+    if new.id.is_empty() || new.id.len() > MAX_ID_BYTES {
+        return Err(Refusal::Id);
+    }
+    if find(situation.devices, &new.id).is_ok() {
+        return Err(Refusal::IdTaken);
+    }
+    if situation.is_resetting {
+        return Err(Refusal::Resetting);
+    }
+    match &new.kind {
+        NewDeviceKind::Virtio { device_type, .. } if !(1..=63).contains(device_type) => {
+            Err(Refusal::DeviceType(*device_type))
+        }
+        NewDeviceKind::Virtio { .. } | NewDeviceKind::Vfio { .. } => {
+            Ok(Action::AddDevice(new.clone()))
+        }
     }
 }
 
@@ -168,9 +228,8 @@ fn descriptors_of(command: &Command) -> usize {
     }
 }
 
-fn find(devices: &[DeviceStatus], id: &str) -> Result<(usize, DeviceState), Refusal> {
-    let index = devices.iter().position(|device| device.id == id).ok_or(Refusal::NoDevice)?;
-    Ok((index, devices[index].state))
+fn find(devices: &[DeviceStatus], id: &str) -> Result<usize, Refusal> {
+    devices.iter().position(|device| device.id == id).ok_or(Refusal::NoDevice)
 }
 
 #[cfg(test)]
@@ -186,6 +245,7 @@ mod tests {
         DeviceState::Passthrough,
     ];
 
+    /// One in each state, named by its index.
     fn devices() -> Vec<DeviceStatus> {
         let status = |(id, state): (usize, DeviceState)| DeviceStatus {
             id: id.to_string(),
@@ -197,60 +257,126 @@ mod tests {
         STATES.into_iter().enumerate().map(status).collect()
     }
 
+    fn virtio(id: &str, device_type: u16) -> NewDevice {
+        let kind =
+            NewDeviceKind::Virtio { device_type, queues: None, queue_size: None, config: None };
+        NewDevice { id: id.to_owned(), kind }
+    }
+
+    fn add(device: NewDevice) -> Command {
+        Command::AddDevice { device }
+    }
+
+    fn of_device(id: &str) -> [(Command, usize); 3] {
+        let device = || id.to_owned();
+        [
+            (Command::Quiesce { device: device() }, 0),
+            (Command::Reconnect { device: device() }, 1),
+            (Command::RemoveDevice { device: device() }, 0),
+        ]
+    }
+
     fn situation(state: State, devices: &[DeviceStatus]) -> Situation<'_> {
         Situation { state, is_resetting: false, devices, max_cpus: 4, can_change_cpus: true }
     }
 
+    fn running(command: &Command, descriptors: usize) -> Result<Action, Refusal> {
+        decide(&situation(State::Running, &devices()), command, descriptors)
+    }
+
     #[test]
     fn the_whole_table_of_a_vm_is_as_written() {
-        for (state, command, expected) in [
-            (State::Running, Command::Status, Ok(Action::Report)),
-            (State::Running, Command::Stop, Ok(Action::Stop)),
-            (State::Running, Command::PowerButton, Ok(Action::PressPowerButton)),
-            (State::Ending, Command::Status, Ok(Action::Report)),
-            (State::Ending, Command::Stop, Ok(Action::Stop)),
-            (State::Ending, Command::PowerButton, Err(Refusal::Ending)),
-            (State::Ending, Command::Quiesce { device: "0".to_owned() }, Err(Refusal::Ending)),
+        let new = || virtio("new", 2);
+        let (resetting, is_ending) = (Err(Refusal::Resetting), Err(Refusal::Ending));
+        let press = || Ok(Action::PressPowerButton);
+        for (command, wanted, expected) in [
+            (Command::Status, 0, [Ok(Action::Report), Ok(Action::Report), Ok(Action::Report)]),
+            (Command::Stop, 0, [Ok(Action::Stop), Ok(Action::Stop), Ok(Action::Stop)]),
+            (Command::PowerButton, 0, [press(), press(), is_ending.clone()]),
+            (add(new()), 1, [Ok(Action::AddDevice(new())), resetting.clone(), is_ending.clone()]),
+            (Command::SetCpus { cpus: 1 }, 0, [Ok(Action::SetCpus(1)), resetting, is_ending]),
         ] {
             let devices = devices();
-            let mut situation = situation(state, &devices);
-            for is_resetting in [false, true] {
-                situation.is_resetting = is_resetting;
-                assert_eq!(decide(&situation, &command, 0), expected, "{state:?} {command:?}");
+            let mut all = [State::Running, State::Running, State::Ending]
+                .map(|state| situation(state, &devices));
+            all[1].is_resetting = true;
+            for (situation, expected) in all.iter().zip(expected) {
+                assert_eq!(decide(situation, &command, wanted), expected, "{command:?}");
+                for got in (0..5).filter(|got| *got != wanted) {
+                    let refused = decide(situation, &command, got);
+                    assert_eq!(refused, Err(Refusal::Descriptors { got, wanted }));
+                }
             }
-            let got = Err(Refusal::Descriptors { got: 1, wanted: 0 });
-            assert_eq!(decide(&situation, &command, 1), got);
+        }
+        for (command, descriptors) in ["0", "3"].iter().flat_map(|id| of_device(id)) {
+            let devices = devices();
+            let ending = situation(State::Ending, &devices);
+            let mut resetting = situation(State::Running, &devices);
+            resetting.is_resetting = true;
+            assert_eq!(decide(&ending, &command, descriptors), Err(Refusal::Ending));
+            let expected = running(&command, descriptors);
+            assert_eq!(decide(&resetting, &command, descriptors), expected, "{command:?}");
         }
     }
 
     #[test]
     fn the_whole_table_of_a_device_is_as_written() {
-        let decide = |command: &Command, descriptors| {
-            decide(&situation(State::Running, &devices()), command, descriptors)
-        };
         for (index, state) in STATES.into_iter().enumerate() {
-            let absent = matches!(state, DeviceState::Lost | DeviceState::Quiesced);
-            let device = || index.to_string();
-            let quiesced = decide(&Command::Quiesce { device: device() }, 0);
-            let reconnected = decide(&Command::Reconnect { device: device() }, 1);
-            if state == DeviceState::Passthrough {
-                assert_eq!(quiesced, Err(Refusal::NoProcess));
-                assert_eq!(reconnected, Err(Refusal::NoProcess));
-            } else if absent {
-                assert_eq!(quiesced, Err(Refusal::HasNoBackend), "{state:?}");
-                assert_eq!(reconnected, Ok(Action::Reconnect(index)), "{state:?}");
-            } else {
-                assert_eq!(quiesced, Ok(Action::Quiesce(index)), "{state:?}");
-                assert_eq!(reconnected, Err(Refusal::HasBackend), "{state:?}");
+            let [quiesced, reconnected, removed] =
+                of_device(&index.to_string()).map(|(command, count)| running(&command, count));
+            let (on_quiesce, on_reconnect) = match state {
+                DeviceState::Idle | DeviceState::Active | DeviceState::NeedsReset => {
+                    (Ok(Action::Quiesce(index)), Err(Refusal::HasBackend))
+                }
+                DeviceState::Lost | DeviceState::Quiesced => {
+                    (Err(Refusal::HasNoBackend), Ok(Action::Reconnect(index)))
+                }
+                DeviceState::Passthrough => (Err(Refusal::NoProcess), Err(Refusal::NoProcess)),
+            };
+            assert_eq!(quiesced, on_quiesce, "{state:?}");
+            assert_eq!(reconnected, on_reconnect, "{state:?}");
+            assert_eq!(removed, Ok(Action::RemoveDevice(index)), "{state:?}");
+            let again = running(&add(virtio(&index.to_string(), 2)), 1);
+            assert_eq!(again, Err(Refusal::IdTaken), "{state:?}");
+        }
+        for (command, descriptors) in of_device("disk") {
+            assert_eq!(running(&command, descriptors), Err(Refusal::NoDevice), "{command:?}");
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_leaving_is_not_asked_for_again_and_is_served_as_before() {
+        let mut devices = devices();
+        for device in &mut devices {
+            device.leaving = true;
+        }
+        for index in 0..STATES.len() {
+            let [quiesce, reconnect, (remove, _none)] = of_device(&index.to_string());
+            for (command, descriptors) in [quiesce, reconnect] {
+                let leaving = decide(&situation(State::Running, &devices), &command, descriptors);
+                assert_eq!(leaving, running(&command, descriptors), "{command:?}");
             }
+            let refused = decide(&situation(State::Running, &devices), &remove, 0);
+            assert_eq!(refused, Err(Refusal::Leaving));
         }
-        let unknown = || "disk".to_owned();
-        assert_eq!(decide(&Command::Quiesce { device: unknown() }, 0), Err(Refusal::NoDevice));
-        assert_eq!(decide(&Command::Reconnect { device: unknown() }, 1), Err(Refusal::NoDevice));
-        for got in [0, 2] {
-            let refused = decide(&Command::Reconnect { device: "3".to_owned() }, got);
-            assert_eq!(refused, Err(Refusal::Descriptors { got, wanted: 1 }));
+    }
+
+    #[test]
+    fn what_is_added_has_a_name_of_its_own_and_a_type_that_exists() {
+        for id in [String::new(), "x".repeat(MAX_ID_BYTES + 1)] {
+            assert_eq!(running(&add(virtio(&id, 2)), 1), Err(Refusal::Id));
         }
+        let longest = virtio(&"x".repeat(MAX_ID_BYTES), 63);
+        assert_eq!(running(&add(longest.clone()), 1), Ok(Action::AddDevice(longest)));
+        for number in [0, 64, u16::MAX] {
+            let refused = running(&add(virtio("new", number)), 1);
+            assert_eq!(refused, Err(Refusal::DeviceType(number)));
+        }
+        let kind = NewDeviceKind::Vfio { address: "0000:01:00.0".to_owned() };
+        let device = NewDevice { id: "gpu".to_owned(), kind };
+        let vfio = add(device.clone());
+        assert_eq!(running(&vfio, 3), Ok(Action::AddDevice(device)));
+        assert_eq!(running(&vfio, 1), Err(Refusal::Descriptors { got: 1, wanted: 3 }));
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub struct Config {
     pub memory_bytes: u64,
     /// RAM in bytes that the VM can have by hotplug, at least `memory_bytes`; may still be too much.
     pub max_memory_bytes: u64,
+    /// PCI segments, at least 1, each with room for 31 devices.
+    pub pci_segments: u16,
     /// Devices in the order of their PCI slots; ids are unique.
     pub devices: Vec<DeviceConfig>,
     /// Devices of the host's, after the others; ids are unique among all.
@@ -31,6 +33,14 @@ pub struct Config {
     pub on_reset: OnReset,
     /// The supervisor's socket.
     pub control_fd: Option<RawFd>,
+}
+
+impl Config {
+    /// Whether a device of the host's is there or may come.
+    #[must_use]
+    pub fn may_have_passthrough(&self) -> bool {
+        !self.assigned.is_empty() || self.control_fd.is_some()
+    }
 }
 
 /// What a reset by the guest does.

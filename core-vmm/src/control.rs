@@ -18,20 +18,23 @@ use std::{
     error::Error,
     fs::File,
     io::{self, Read},
+    os::fd::BorrowedFd,
     os::unix::net::UnixStream,
 };
 
 use nacre_proto::{
     exit::VmmExit,
-    vmm::{self, MessageError, Outcome, Reply, Request, State, Status, Timing, Told},
+    vmm::{self, MessageError, NewDevice, Outcome, Reply, Request, State, Status, Timing, Told},
 };
 
 use crate::{
     acpi::ged::Event,
     command::{self, Action, Situation},
     config::OnReset,
+    devices::DeviceKey,
     error_chain,
     event::GuestEvent,
+    hotplug,
     poll::Poller,
     supervisor::{Datagram, Descriptors, Heard, Supervisor},
     timing,
@@ -44,8 +47,12 @@ const SIGNAL: u64 = 1;
 const SUPERVISOR: u64 = 2;
 const SERIAL_INPUT: u64 = 3;
 const SERIAL_DRAINED: u64 = 4;
-/// The first device's; the others follow.
+/// That of the device with the first key; the others follow.
 const DEVICES: u64 = 16;
+
+fn device_token(key: DeviceKey) -> u64 {
+    DEVICES + key.0
+}
 
 /// Why the loop failed.
 #[derive(Debug, thiserror::Error)]
@@ -107,8 +114,8 @@ impl Control {
         if let Some(supervisor) = &self.supervisor {
             self.poller.add(supervisor, SUPERVISOR)?;
         }
-        for (token, fd) in (DEVICES..).zip(self.vm.device_fds()) {
-            self.poller.add(&fd, token)?;
+        for (key, fd) in self.vm.device_fds() {
+            self.poller.add(&fd, device_token(key))?;
         }
         let Some(console) = &self.vm.parts.console else { return Ok(()) };
         self.poller.add(console.port.drained(), SERIAL_DRAINED)?;
@@ -150,8 +157,8 @@ impl Control {
             SERIAL_INPUT => self.take_serial_input().map_err(ControlError::Poll),
             SERIAL_DRAINED => self.want_serial_input().map_err(ControlError::Poll),
             device => {
-                let index = device.checked_sub(DEVICES).and_then(|index| index.try_into().ok());
-                self.vm.process_device(index.unwrap_or(usize::MAX));
+                // One that went in the same batch is found no more.
+                self.vm.process_device(DeviceKey(device.saturating_sub(DEVICES)));
                 Ok(None)
             }
         }
@@ -169,6 +176,8 @@ impl Control {
                 }
                 // Nothing was plugged.
                 GuestEvent::Memory => {}
+                // Whoever tells of devices looks for it.
+                GuestEvent::PciHotplug => {}
                 GuestEvent::Reset if self.on_reset == OnReset::Exit => {
                     return Ok(Some(VmmExit::Reset));
                 }
@@ -229,6 +238,8 @@ impl Control {
             Err(error) => return Ok(refuse(&error)),
         };
         self.vm.look_after_devices();
+        // What the guest has done is known before what is decided upon it.
+        self.tell_events();
         let devices: Vec<_> = self.vm.device_statuses().collect();
         let count = datagram.descriptors.count();
         let situation = Situation {
@@ -256,6 +267,13 @@ impl Control {
             Action::PressPowerButton => outcome(self.vm.parts.events.raise(Event::PowerButton)),
             Action::SetCpus(cpus) => outcome(self.vm.set_cpus(cpus)),
             Action::Quiesce(index) => outcome(self.vm.quiesce_device(index)),
+            Action::AddDevice(new) => self.add_device(new, descriptors),
+            Action::RemoveDevice(index) => {
+                let asked = self.vm.remove_device(index);
+                // It says that what served a lost device has ended.
+                self.go_on_resetting()?;
+                outcome(asked)
+            }
             Action::Reconnect(index) => {
                 let socket = descriptors.single().map(UnixStream::from);
                 let socket = socket.expect("the count of descriptors was checked");
@@ -267,18 +285,34 @@ impl Control {
         Ok((outcome, None))
     }
 
+    fn add_device(&mut self, new: NewDevice, descriptors: Descriptors) -> Outcome {
+        let poller = &self.poller;
+        let watch = |key, fd: BorrowedFd<'_>| poller.add(&fd, device_token(key));
+        let parts = &mut self.vm.parts;
+        let host = (&mut parts.devices, &parts.ram.memory);
+        match hotplug::devices::add(host, new, descriptors, watch) {
+            Ok(address) => {
+                if let Err(error) = parts.events.raise(Event::Pci) {
+                    log::error!("can't tell the guest of a device: {error}");
+                }
+                Outcome::Added { address: address.to_string() }
+            }
+            Err(error) => Outcome::Refused(error_chain(&error)),
+        }
+    }
+
     fn tell(&self, told: &Told) {
         if let Some(supervisor) = &self.supervisor {
             supervisor.tell(told);
         }
     }
 
+    /// Tells which devices lost their backend, and what the guest gave up or would not.
     fn tell_events(&mut self) {
-        for event in self.vm.take_untold() {
+        let losses = self.vm.take_losses().into_iter();
+        let losses = losses.map(|(device, reason)| vmm::Event::DeviceLost { device, reason });
+        for event in losses.chain(self.vm.take_untold()) {
             self.tell(&Told::Event(event));
-        }
-        for (device, reason) in self.vm.take_losses() {
-            self.tell(&Told::Event(vmm::Event::DeviceLost { device, reason }));
         }
     }
 

@@ -19,6 +19,8 @@ pub enum GuestEvent {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
+    /// There is news of a PCI function that the guest was asked for.
+    PciHotplug,
     /// The guest's kernel reported a panic.
     Panic,
     /// The guest gave up RAM, or said what it makes of RAM that comes or goes.

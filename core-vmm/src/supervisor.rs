@@ -60,6 +60,17 @@ impl Descriptors {
         self.all.len() + usize::from(self.cut)
     }
 
+    /// All of them, so many.
+    ///
+    /// # Panics
+    ///
+    /// Panics if there are fewer or more; [`Descriptors::count`] is looked at before.
+    #[must_use]
+    pub fn exactly<const N: usize>(self) -> [OwnedFd; N] {
+        assert!(!self.cut, "more descriptors than there is room for");
+        self.all.try_into().expect("the count of descriptors was checked")
+    }
+
     /// The descriptor, if it is the only one.
     #[must_use]
     pub fn single(self) -> Option<OwnedFd> {

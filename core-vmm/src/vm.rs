@@ -20,7 +20,7 @@ use nacre_proto::vmm::{self, DeviceStatus};
 use crate::{
     acpi::{
         cpu_hotplug::CpuController,
-        ged::EventDevice,
+        ged::{self, EventDevice},
         memory_hotplug::MemoryHotplug,
         tables::{self, AcpiError, Machine},
     },
@@ -28,9 +28,12 @@ use crate::{
     bus::{BusBuilder, BusError},
     config::Config,
     console::Console,
-    devices::{self, Devices, DevicesError},
+    devices::{self, DeviceKey, Devices, DevicesError, boot},
     event::{self, Mailbox, Notifier},
-    hotplug::cpus::{Cpus, CpusError},
+    hotplug::{
+        self,
+        cpus::{Cpus, CpusError},
+    },
     jail,
     kvm::{self, KvmError},
     legacy::{
@@ -54,7 +57,7 @@ use crate::{
         gate::Gate,
         thread::{Surroundings, Vcpu},
     },
-    virtio::RequestError,
+    virtio::{RequestError, Watchdog},
 };
 
 /// Why there is no VM, or none any more.
@@ -100,12 +103,14 @@ pub enum VmError {
 /// What stays the same from build to end.
 pub struct Parts {
     kvm: kvm::Machine,
-    ram: GuestRam,
+    /// The guest's memory.
+    pub ram: GuestRam,
     boot: BootSource,
     machine: Machine,
-    devices: Devices,
     /// vCPUs that come and go.
     pub cpus: Cpus,
+    /// The devices.
+    pub devices: Devices,
     /// The event device.
     pub events: Arc<EventDevice>,
     /// By which the guest finds RAM that comes, and gives up RAM that is to go.
@@ -158,16 +163,10 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
     ram.register(&kvm.vm, &slots)?;
     let vcpus = vcpu::create(&host, &kvm.vm, config.max_cpus)?;
     let statistics = Statistics::open(&kvm.vm, &vcpus);
-    let backends = devices::connect(&config.devices, jail::watchdog()?)?;
-    let mut devices = Devices::attach(backends, &kvm.vm, address_bits)?;
-    let passthrough = !config.assigned.is_empty() || config.control_fd.is_some();
-    if passthrough {
-        passthrough::allow_pinning();
-    }
-    devices.assign(&config.assigned, &kvm.vm, &slots, &ram.memory)?;
     let gate = Arc::new(Gate::with(config.max_cpus, config.cpus));
     let (notifier, mailbox) =
         event::channel(Arc::clone(&gate)).map_err(unavailable("an eventfd"))?;
+    let devices = boot_devices(config, (&kvm, &slots, &ram), address_bits, &notifier)?;
     let events = Arc::new(EventDevice::new().map_err(unavailable("the event device"))?);
     let controller = CpuController::new(config.cpus, config.max_cpus, Arc::clone(&notifier));
     let console = Console::open(&config.serial).map_err(unavailable("the serial port"))?;
@@ -176,6 +175,7 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
             cpus: config.cpus,
             max_cpus: config.max_cpus,
             address_bits,
+            pci_segments: config.pci_segments,
             has_serial: console.is_some(),
             memory,
         },
@@ -195,9 +195,33 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
         buses: parts.buses(&notifier)?,
         notifier,
         gate,
-        filter: Arc::new(seccomp::vcpu_filter(passthrough)?),
+        filter: Arc::new(seccomp::vcpu_filter(config.may_have_passthrough())?),
     };
     Ok(Built { parts, vcpus, around })
+}
+
+fn boot_devices(
+    config: &Config,
+    (kvm, slots, ram): (&kvm::Machine, &Slots, &GuestRam),
+    address_bits: u32,
+    notifier: &Arc<Notifier>,
+) -> Result<Devices, VmError> {
+    if config.may_have_passthrough() {
+        passthrough::allow_pinning();
+    }
+    // There without any device too: one may be added.
+    let watchdog = Watchdog::start(jail::watchdog()?).map_err(unavailable("a watchdog"))?;
+    let backends = boot::connect_all_of(&config.devices, &watchdog)?;
+    let hotplug = devices::pci(config.pci_segments, address_bits, notifier);
+    let mut devices = Devices::new(hotplug, (&kvm.vm, slots), watchdog);
+    for backend in backends {
+        devices.place(devices.virtio(backend)?)?;
+    }
+    for assigned in &config.assigned {
+        let opened = boot::open_assigned(assigned)?;
+        devices.place(devices.assigned(&assigned.id, opened, &ram.memory)?)?;
+    }
+    Ok(devices)
 }
 
 impl Parts {
@@ -283,12 +307,14 @@ impl Vm {
         self.parts.devices.are_still()
     }
 
-    /// Ends what [`Vm::begin_reset`] began; the guest is held at its first instruction.
+    /// Ends what [`Vm::begin_reset`] began; the guest is held at its first instruction, and what it
+    /// was asked to give up is gone.
     ///
     /// # Errors
     ///
     /// Fails if the host or KVM does; the VM is of no use then.
     pub fn finish_reset(&mut self) -> Result<(), VmError> {
+        self.untold.extend(hotplug::devices::finish(&mut self.parts.devices));
         self.parts.kvm.reset_interrupt_controllers()?;
         self.parts.ram.wipe()?;
         // What was wiped has new pages.
@@ -300,14 +326,26 @@ impl Vm {
         Ok(())
     }
 
-    /// What is readable when a device wants [`Vm::process_device`], in order.
-    pub fn device_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+    /// What is readable when a device wants [`Vm::process_device`].
+    pub fn device_fds(&self) -> impl Iterator<Item = (DeviceKey, BorrowedFd<'_>)> {
         self.parts.devices.ready_fds()
     }
 
-    /// Lets device `index` do what is to do.
-    pub fn process_device(&mut self, index: usize) {
-        self.parts.devices.process(index, &self.parts.ram.memory);
+    /// Lets a device do what is to do.
+    pub fn process_device(&mut self, key: DeviceKey) {
+        self.parts.devices.process(key, &self.parts.ram.memory);
+    }
+
+    /// Asks the guest for device `index`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the guest can't be interrupted.
+    pub fn remove_device(&mut self, index: usize) -> io::Result<()> {
+        if self.parts.devices.ask_for(index, &self.parts.ram.memory) {
+            self.parts.events.raise(ged::Event::Pci)?;
+        }
+        Ok(())
     }
 
     /// Notices backends that are gone.
@@ -365,7 +403,9 @@ impl Vm {
 
     /// What the supervisor is to know of what came and went since the last time this was asked.
     pub fn take_untold(&mut self) -> Vec<vmm::Event> {
-        std::mem::take(&mut self.untold)
+        let mut events = std::mem::take(&mut self.untold);
+        events.extend(hotplug::devices::take_events(&mut self.parts.devices));
+        events
     }
 
     /// How often the guest was reset.

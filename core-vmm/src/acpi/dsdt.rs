@@ -1,17 +1,14 @@
-//! The namespace: sleep state 5, the PCI host bridge, vCPUs that may come and go, the event device,
+//! The namespace: sleep state 5, the PCI host bridges, vCPUs that may come and go, the event device,
 //! legacy devices.
 
 use acpi_tables::{
     Aml,
-    aml::{
-        AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, Package, Path,
-        ResourceTemplate, Scope,
-    },
+    aml::{Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope},
     sdt::Sdt,
 };
 
 use super::{
-    cpu_hotplug, ged, memory_hotplug,
+    cpu_hotplug, ged, host_bridge, memory_hotplug, pci_hotplug,
     tables::{Machine, OEM_ID, OEM_REVISION, OEM_TABLE_ID},
 };
 use crate::{
@@ -30,8 +27,9 @@ pub(super) fn table(machine: &Machine) -> Sdt {
     let mut aml = Vec::new();
     let sleep_5 = power::SLEEP_TYPE_OFF;
     Name::new(Path::new("_S5_"), &Package::new(vec![&sleep_5, &sleep_5])).to_aml_bytes(&mut aml);
-    scope(&mut aml, &[&host_bridge(machine)]);
     cpu_hotplug::append(&mut aml, machine.cpus, machine.max_cpus);
+    host_bridge::append(&mut aml, machine.pci_segments, machine.address_bits);
+    pci_hotplug::aml::append(&mut aml, machine.pci_segments);
     ged::append(&mut aml);
     memory_hotplug::append(&mut aml, &machine.memory);
     if machine.has_serial {
@@ -45,7 +43,7 @@ pub(super) fn table(machine: &Machine) -> Sdt {
 }
 
 /// Bytes of AML that were made already.
-pub(super) struct Raw(pub(super) Vec<u8>);
+pub(crate) struct Raw(pub(crate) Vec<u8>);
 
 impl Aml for Raw {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
@@ -55,49 +53,6 @@ impl Aml for Raw {
 
 fn scope(aml: &mut Vec<u8>, children: &[&dyn Aml]) {
     Scope::new(Path::new("_SB_"), children.to_vec()).to_aml_bytes(aml);
-}
-
-/// One bus, its configuration ports and its two windows. There is no `_PRT`: no device has an
-/// interrupt pin.
-fn host_bridge(machine: &Machine) -> Raw {
-    let window_32 = layout::PCI_WINDOW_32;
-    let window_64 = layout::pci_window_64(machine.address_bits);
-    let low = |address: u64| u32::try_from(address).unwrap_or(u32::MAX);
-    let uncached = AddressSpaceCacheable::NotCacheable;
-    let mut aml = Vec::new();
-    Device::new(
-        Path::new("PCI0"),
-        vec![
-            &Name::new(Path::new("_HID"), &EISAName::new("PNP0A08")),
-            &Name::new(Path::new("_CID"), &EISAName::new("PNP0A03")),
-            &Name::new(Path::new("_SEG"), &0_u8),
-            &Name::new(Path::new("_BBN"), &0_u8),
-            &Name::new(Path::new("_UID"), &0_u8),
-            &Name::new(
-                Path::new("_CRS"),
-                &ResourceTemplate::new(vec![
-                    &AddressSpace::new_bus_number(0_u16, 0_u16),
-                    &IO::new(0xcf8, 0xcf8, 1, 8),
-                    &AddressSpace::new_memory(
-                        uncached,
-                        true,
-                        low(window_32.start),
-                        low(window_32.end - 1),
-                        None,
-                    ),
-                    &AddressSpace::new_memory(
-                        uncached,
-                        true,
-                        window_64.start,
-                        window_64.end - 1,
-                        None,
-                    ),
-                ]),
-            ),
-        ],
-    )
-    .to_aml_bytes(&mut aml);
-    Raw(aml)
 }
 
 /// A device with ports, maybe an interrupt, and nothing else.

@@ -16,7 +16,7 @@ use acpi_tables::{
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::cpu_hotplug;
+use super::{cpu_hotplug, pci_hotplug};
 use crate::{bus::BusDevice, memory::layout};
 
 /// Where the event register stands in [`layout::EVENT_DEVICE`].
@@ -96,6 +96,7 @@ pub(super) fn append(aml: &mut Vec<u8>) {
     let region_start = layout::EVENT_DEVICE.start + EVENTS_OFFSET;
     let interrupt = Interrupt::new(true, true, false, false, layout::EVENT_GSI);
     let power_button = Path::new("\\_SB_.PWRB");
+    let scan_pci = MethodCall::new(Path::new(pci_hotplug::aml::SCAN), vec![]);
     let scan_memory = MethodCall::new(Path::new("\\_SB_.MEMH.MSCN"), vec![]);
     Scope::new(
         Path::new("_SB_"),
@@ -143,6 +144,8 @@ pub(super) fn append(aml: &mut Vec<u8>) {
                                 &And::new(&ZERO, &Local(0), &(Event::Cpus as u8)),
                                 vec![&MethodCall::new(cpu_hotplug::scan_method(), vec![])],
                             ),
+                            &And::new(&Local(1), &Local(0), &(Event::Pci as u8)),
+                            &If::new(&Local(1), vec![&scan_pci]),
                         ],
                     ),
                 ],

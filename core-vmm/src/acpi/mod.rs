@@ -4,5 +4,7 @@
 pub mod cpu_hotplug;
 pub mod dsdt;
 pub mod ged;
+pub(crate) mod host_bridge;
 pub mod memory_hotplug;
+pub mod pci_hotplug;
 pub mod tables;

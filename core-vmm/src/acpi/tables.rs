@@ -38,6 +38,8 @@ pub struct Machine {
     pub max_cpus: u32,
     /// The guest's physical address width.
     pub address_bits: u32,
+    /// PCI segments, at least 1.
+    pub pci_segments: u16,
     /// Whether there is a serial port.
     pub has_serial: bool,
     /// The RAM that can be plugged.
@@ -90,7 +92,7 @@ fn build(machine: &Machine) -> Vec<u8> {
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(area.add(&fadt(dsdt).finalize()));
     xsdt.add_entry(area.add(&madt(machine)));
-    xsdt.add_entry(area.add(&mcfg()));
+    xsdt.add_entry(area.add(&mcfg(machine)));
     let xsdt = area.add(&xsdt);
     let mut rsdp = Vec::with_capacity(Rsdp::len());
     Rsdp::new(OEM_ID, xsdt).to_aml_bytes(&mut rsdp);
@@ -155,9 +157,11 @@ fn madt(machine: &Machine) -> Sdt {
     madt
 }
 
-fn mcfg() -> MCFG {
+fn mcfg(machine: &Machine) -> MCFG {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    mcfg.add_ecam(layout::ECAM.start, 0, 0, 0);
+    for segment in 0..machine.pci_segments {
+        mcfg.add_ecam(layout::ecam(segment).start, segment, 0, 0);
+    }
     mcfg
 }
 
@@ -168,7 +172,8 @@ mod tests {
 
     fn machine(cpus: u32, max_cpus: u32) -> Machine {
         let memory = Plan::new(&Ram::of(1 << 30), 1 << 35, 40).unwrap();
-        Machine { cpus, max_cpus, address_bits: 40, has_serial: true, memory }
+        let pci_segments = 1;
+        Machine { cpus, max_cpus, address_bits: 40, pci_segments, has_serial: true, memory }
     }
 
     fn u64_at(bytes: &[u8], offset: usize) -> u64 {
@@ -223,8 +228,22 @@ mod tests {
     }
 
     #[test]
+    fn the_mcfg_lists_the_ecam_of_each_segment() {
+        let area = build(&Machine { pci_segments: 3, ..machine(1, 1) });
+        let xsdt = table(&area, u64_at(&area, 24));
+        let mcfg = table(&area, u64_at(xsdt, 52));
+        assert_eq!(mcfg.len(), 44 + 3 * 16);
+        for (segment, entry) in (0..).zip(mcfg[44..].chunks(16)) {
+            assert_eq!(u64_at(entry, 0), layout::ecam(segment).start);
+            assert_eq!(entry[8..12], [u8::try_from(segment).unwrap(), 0, 0, 0]);
+        }
+    }
+
+    #[test]
     fn the_largest_machine_fits() {
-        let area = build(&machine(1, vcpu::MAX_VCPUS));
-        assert!(area.len() as u64 <= layout::ACPI_TABLES.end - layout::ACPI_TABLES.start);
+        let pci_segments = layout::MAX_PCI_SEGMENTS;
+        let area = build(&Machine { pci_segments, ..machine(1, vcpu::MAX_VCPUS) });
+        let room = layout::ACPI_TABLES.end - layout::ACPI_TABLES.start;
+        assert!(area.len() as u64 <= room, "{} in {room}", area.len());
     }
 }

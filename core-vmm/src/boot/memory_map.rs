@@ -20,7 +20,9 @@ pub(super) fn entries(ram: &Ram) -> Vec<(Range<u64>, Kind)> {
         (0..layout::LOW_MEMORY_END, Kind::Ram),
         (layout::FIRMWARE, Kind::Reserved),
         (layout::KERNEL_START..ram.low.end, Kind::Ram),
+        // Linux uses no ECAM that is not told as reserved.
         (layout::ECAM, Kind::Reserved),
+        (layout::FURTHER_ECAMS, Kind::Reserved),
         (layout::KVM_PAGES, Kind::Reserved),
         (ram.high.clone(), Kind::Ram),
     ];

@@ -4,4 +4,5 @@
 //! Only the control thread calls what is here.
 
 pub mod cpus;
+pub mod devices;
 pub mod memory;

@@ -73,6 +73,12 @@ impl MsiRouter {
         Ok(Gsi(gsi))
     }
 
+    /// How many lines are given out.
+    #[must_use]
+    pub fn in_use(&self) -> usize {
+        locked(&self.table).lines.len()
+    }
+
     /// Takes lines back; nothing may be bound to them any more.
     pub fn release(&self, lines: &[Gsi]) {
         let mut table = locked(&self.table);

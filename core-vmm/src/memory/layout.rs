@@ -3,13 +3,14 @@
 //! ```text
 //! 0            RAM: boot data below 640 KiB, ACPI tables in 0xe0000..1 MiB, the kernel from there
 //! LOW_RAM_END  0xc000_0000  32-bit PCI window, 640 MiB
-//!              0xe800_0000  ECAM, one bus, 1 MiB
+//!              0xe800_0000  ECAM of the first segment's bus, 1 MiB
 //!              0xe810_0000  hotplug and event registers, one page
+//!              0xe820_0000  ECAM of further segments, 1 MiB each
 //!              0xfec0_0000  I/O APIC       (in KVM)
 //!              0xfee0_0000  local APICs    (in KVM)
 //!              0xfffb_c000  identity-map page and three TSS pages of KVM on Intel
 //! HIGH_RAM_START 4 GiB      the rest of RAM, then room for hotplugged memory
-//! 3/4 of the guest's width  64-bit PCI window, up to the width's end
+//! 3/4 of the guest's width  64-bit PCI windows, up to the width's end, equally long
 //! ```
 
 use std::ops::Range;
@@ -52,8 +53,12 @@ pub const KERNEL_START: u64 = 0x10_0000;
 
 /// The 32-bit PCI window.
 pub const PCI_WINDOW_32: Range<u64> = 0xc000_0000..0xe800_0000;
-/// ECAM of the one bus: 256 functions of 4 KiB.
+/// ECAM of the first segment's bus: 256 functions of 4 KiB.
 pub const ECAM: Range<u64> = 0xe800_0000..0xe810_0000;
+/// ECAMs of the segments after the first one.
+pub const FURTHER_ECAMS: Range<u64> = 0xe820_0000..0xe8d0_0000;
+/// The most PCI segments of a VM: what the ACPI tables have room for beside all else.
+pub const MAX_PCI_SEGMENTS: u16 = 12;
 /// The event device's register and the hotplug registers.
 pub const EVENT_REGISTERS: Range<u64> = 0xe810_0000..0xe810_1000;
 /// In it: the event device's register.
@@ -118,6 +123,32 @@ pub fn pci_window_64(address_bits: u32) -> Range<u64> {
     end / 4 * 3..end
 }
 
+/// The part of the 64-bit PCI window that belongs to `segment` of `segments`.
+///
+/// The 32-bit window is not divided: it belongs to the first segment, for functions that can be
+/// nowhere else.
+#[must_use]
+pub fn pci_window_64_of(segment: u16, segments: u16, address_bits: u32) -> Range<u64> {
+    let all = pci_window_64(address_bits);
+    // Powers of two, so that each part is as aligned as it is long.
+    let len_bytes = (all.end - all.start) / u64::from(segments.next_power_of_two());
+    let start = all.start + u64::from(segment) * len_bytes;
+    start..start + len_bytes
+}
+
+/// The ECAM of `segment`, below [`MAX_PCI_SEGMENTS`].
+#[must_use]
+pub fn ecam(segment: u16) -> Range<u64> {
+    let len_bytes = ECAM.end - ECAM.start;
+    match u64::from(segment).checked_sub(1) {
+        None => ECAM,
+        Some(further) => {
+            let start = FURTHER_ECAMS.start + further * len_bytes;
+            start..start + len_bytes
+        }
+    }
+}
+
 /// The most RAM that fits below the 64-bit PCI window, in bytes.
 #[must_use]
 pub fn max_ram_bytes(address_bits: u32) -> u64 {
@@ -153,6 +184,22 @@ mod tests {
     }
 
     #[test]
+    fn each_segment_has_its_own_ecam_and_an_equal_part_of_the_window() {
+        assert_eq!(pci_window_64_of(0, 1, 40), pci_window_64(40));
+        assert_eq!(ecam(MAX_PCI_SEGMENTS - 1).end, FURTHER_ECAMS.end);
+        for segments in 2..=MAX_PCI_SEGMENTS {
+            let windows: Vec<_> =
+                (0..segments).map(|n| pci_window_64_of(n, segments, 40)).collect();
+            assert!(windows.windows(2).all(|pair| pair[0].end == pair[1].start));
+            assert_eq!(windows[0].start, pci_window_64(40).start);
+            assert!(windows[windows.len() - 1].end <= pci_window_64(40).end);
+            assert!(windows.iter().all(|window| window.end - window.start >= 16 * GIB));
+            let ecams: Vec<_> = (0..segments).map(ecam).collect();
+            assert!(ecams.windows(2).all(|pair| pair[0].end <= pair[1].start));
+        }
+    }
+
+    #[test]
     fn the_fixed_ranges_are_in_order_and_apart() {
         let ranges = [
             0..LOW_RAM_END,
@@ -163,6 +210,7 @@ mod tests {
             MEMORY_HOTPLUG,
             PCI_HOTPLUG,
             EVENT_REGISTERS.end..EVENT_REGISTERS.end,
+            FURTHER_ECAMS,
             u64::from(IO_APIC)..u64::from(IO_APIC) + 0x1000,
             u64::from(LOCAL_APIC)..u64::from(LOCAL_APIC) + 0x1000,
             KVM_PAGES,

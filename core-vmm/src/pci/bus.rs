@@ -30,7 +30,7 @@ pub struct PciWindows {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PciError {
-    /// All 32 slots are taken.
+    /// All slots are taken.
     #[error("no PCI slot is free")]
     NoSlot,
     /// Another function sits there.
@@ -47,7 +47,7 @@ pub enum PciError {
     },
 }
 
-/// Bus 0 of segment 0.
+/// Bus 0 of one segment.
 pub struct PciBus {
     windows: PciWindows,
     /// Read by every configuration access, written by attach and detach.
@@ -168,21 +168,32 @@ impl PciBus {
     ///
     /// Fails if the slot is empty, or holds the host bridge.
     pub fn detach(&self, slot: Slot) -> Result<Arc<dyn PciFunction>, PciError> {
-        let empty = PciError::SlotEmpty(slot.number());
+        let function = self.withdraw(slot).ok_or(PciError::SlotEmpty(slot.number()))?;
+        self.release(slot);
+        Ok(function)
+    }
+
+    /// Makes the function in `slot` disappear from the guest: nothing answers there, its BARs are
+    /// no longer mapped. The slot and the BARs' places stay taken until [`PciBus::release`].
+    pub fn withdraw(&self, slot: Slot) -> Option<Arc<dyn PciFunction>> {
         if slot == Slot::HOST_BRIDGE {
-            return Err(empty);
+            return None;
         }
-        let mut placement = locked(&self.placement);
         let function = {
             let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
-            functions[slot.index()].take().ok_or(empty)?
+            functions[slot.index()].take()?
         };
         let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
         for mapped in map.extract_if(.., |mapped| mapped.slot == slot) {
             mapped.function.bar_mapped(mapped.bar, None);
         }
-        placement.clear(slot);
-        Ok(function)
+        Some(function)
+    }
+
+    /// Gives back `slot`, whose function was withdrawn, and the places of its BARs.
+    pub fn release(&self, slot: Slot) {
+        debug_assert!(self.function(slot).is_none(), "the function is withdrawn first");
+        locked(&self.placement).clear(slot);
     }
 
     /// Resets the configuration of all functions, with every vCPU stopped: nothing is decoded, and

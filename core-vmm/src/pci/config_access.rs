@@ -19,7 +19,7 @@ pub const ECAM_LEN_BYTES: u64 = 1 << 20;
 const FUNCTION_LEN_BYTES: u64 = 1 << 12;
 const ADDRESS_ENABLE: u32 = 1 << 31;
 
-/// The memory-mapped configuration space of bus 0.
+/// The memory-mapped configuration space of one segment's bus.
 #[derive(Debug)]
 pub struct Ecam {
     bus: Arc<PciBus>,
@@ -65,7 +65,7 @@ impl BusDevice for Ecam {
 }
 
 /// Ports 0xcf8 to 0xcff (PCI Local Bus 3.0, section 3.2.2.3.2): an address, and a window of four
-/// bytes on what it names.
+/// bytes on what it names. They reach the first segment only.
 #[derive(Debug)]
 pub struct ConfigPorts {
     bus: Arc<PciBus>,

@@ -1,6 +1,6 @@
-//! PCI: one bus, its configuration mechanisms and its two memory windows.
+//! PCI: one bus a segment, its configuration mechanisms and its two memory windows.
 //!
-//! [`PciBus`] owns the slots. A device is a [`PciFunction`]; virtio devices and passed-through ones
+//! [`PciRoot`] owns the buses, a [`PciBus`] its slots. A device is a [`PciFunction`]; virtio devices and passed-through ones
 //! look the same from here. A vCPU comes in through one of four [`BusDevice`]s: [`Ecam`],
 //! [`ConfigPorts`], and a [`MmioWindow`] for each window. All accesses reach a function cut into
 //! naturally aligned pieces of 1, 2 or 4 bytes in configuration space.
@@ -23,13 +23,15 @@ pub mod config_access;
 pub mod config_space;
 mod host_bridge;
 pub mod msix;
+pub mod root;
 pub mod slot;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use bar::{AddressRange, BarIndex, BarSpec, BarWidth};
 pub use bus::{PciBus, PciError, PciWindows};
 pub use config_access::{ConfigPorts, ECAM_LEN_BYTES, Ecam, MmioWindow};
+pub use root::{PciAddress, PciRoot};
 pub use slot::Slot;
 
 /// What a write to a function's configuration space asks of the bus.

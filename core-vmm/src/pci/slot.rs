@@ -1,7 +1,7 @@
 //! Slots: which of a bus's 32 device numbers are taken.
 //!
-//! One bus of one segment exists. A slot is named by [`Slot`] alone; a second segment would bring a
-//! bus of its own with its own allocator.
+//! A slot is named by [`Slot`] alone; which segment's bus it is on says
+//! [`PciAddress`](super::PciAddress).
 
 /// Device numbers on a bus (PCI Local Bus 3.0, section 3.2.2.3.2: five bits).
 pub const SLOT_COUNT: u8 = 32;

@@ -15,14 +15,14 @@ const WINDOWS: PciWindows = PciWindows {
 };
 
 /// A function with one BAR that remembers what happened to it.
-struct Probe {
+pub(crate) struct Probe {
     config: Mutex<ConfigSpace>,
     mapped: Mutex<Vec<Option<u64>>>,
     written: Mutex<Vec<(u64, Vec<u8>)>>,
 }
 
 impl Probe {
-    fn new(len_bytes: u64, width: BarWidth) -> Arc<Self> {
+    pub(crate) fn new(len_bytes: u64, width: BarWidth) -> Arc<Self> {
         let identity = Identity {
             vendor: 0x1af4,
             device: 0x1041,
@@ -37,7 +37,7 @@ impl Probe {
         Arc::new(Self { config, mapped: Mutex::default(), written: Mutex::default() })
     }
 
-    fn small() -> Arc<Self> {
+    pub(crate) fn small() -> Arc<Self> {
         Self::new(0x1000, BarWidth::Bits64)
     }
 }

@@ -50,12 +50,11 @@ impl VirtioDevice {
         memory: &GuestMemoryMmap,
     ) -> Result<(), RequestError> {
         self.look_after_backend();
-        let Some(Backend::Absent(absent)) = &mut self.backend else {
+        if self.is_alive() {
             return Err(RequestError::Served);
-        };
-        absent.predecessor_ended();
+        }
         // What the driver has asked for meanwhile, such as a reset, comes first.
-        self.process(memory);
+        self.predecessor_ended(memory);
         let Some(Backend::Absent(absent)) = self.backend.take() else {
             return Err(RequestError::Served);
         };
@@ -86,6 +85,15 @@ impl VirtioDevice {
         match &self.loss {
             Some(reason) if !self.is_alive() => Err(RequestError::Lost { reason: reason.clone() }),
             _ => Ok(()),
+        }
+    }
+
+    /// The process that was the backend of a device without one has ended, and so has what it had
+    /// asked the kernel for. A reset that the driver waits for is done then.
+    pub fn predecessor_ended(&mut self, memory: &GuestMemoryMmap) {
+        if let Some(Backend::Absent(absent)) = &mut self.backend {
+            absent.predecessor_ended();
+            self.process(memory);
         }
     }
 
