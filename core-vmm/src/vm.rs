@@ -333,7 +333,11 @@ impl Vm {
 
     /// Lets a device do what is to do.
     pub fn process_device(&mut self, key: DeviceKey) {
-        self.parts.devices.process(key, &self.parts.ram.memory);
+        if self.parts.devices.process(key, &self.parts.ram.memory)
+            && let Err(error) = self.parts.events.raise(ged::Event::Pci)
+        {
+            log::error!("the guest can't be asked for a device: {error}");
+        }
     }
 
     /// Asks the guest for device `index`.

@@ -1,6 +1,6 @@
 //! The host bridges, one a segment: where configuration space and windows are, and the slots.
 //!
-//! There is no `_PRT`: no virtio device has an interrupt pin.
+//! Legacy interrupts are told too, for passed-through devices: no virtio device has a pin.
 
 use acpi_tables::{
     Aml,
@@ -10,6 +10,7 @@ use acpi_tables::{
     },
 };
 
+use super::interrupt_pins::PinRouting;
 use super::pci_hotplug::aml::{bridge, slots};
 use crate::memory::layout;
 
@@ -76,6 +77,7 @@ fn one(aml: &mut Vec<u8>, segment: u16, resources: &ResourceTemplate<'_>) {
                 &Name::new(Path::new("_BBN"), &0_u8),
                 &Name::new(Path::new("_UID"), &segment),
                 &Name::new(Path::new("_CRS"), resources),
+                &PinRouting,
                 &slots(segment),
             ],
         )],

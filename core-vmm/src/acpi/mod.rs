@@ -5,6 +5,7 @@ pub mod cpu_hotplug;
 pub mod dsdt;
 pub mod ged;
 pub(crate) mod host_bridge;
+mod interrupt_pins;
 pub mod memory_hotplug;
 pub mod pci_hotplug;
 pub mod tables;

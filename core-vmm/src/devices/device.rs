@@ -55,14 +55,22 @@ impl Device {
         }
     }
 
-    /// Does what is to do.
-    pub fn process(&mut self, memory: &GuestMemoryMmap) {
+    /// It is at `address` from now on.
+    pub fn placed(&self, address: PciAddress) {
         match self {
-            Self::Virtio(device) => device.process(memory),
-            Self::Assigned(device) => match device.process() {
-                Some(Trouble::Wanted) => log::warn!("the host wants {} back", device.name()),
-                Some(Trouble::Error) | None => {}
-            },
+            Self::Virtio(_) => {}
+            Self::Assigned(device) => device.placed(address.slot),
+        }
+    }
+
+    /// Does what is to do. True if the guest is to give the device up, as the host wants it back.
+    pub fn process(&mut self, memory: &GuestMemoryMmap) -> bool {
+        match self {
+            Self::Virtio(device) => {
+                device.process(memory);
+                false
+            }
+            Self::Assigned(device) => device.process() == Some(Trouble::Wanted),
         }
     }
 

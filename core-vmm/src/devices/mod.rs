@@ -161,6 +161,7 @@ impl Devices {
             .hotplug
             .place(&device.function())
             .map_err(|source| DevicesError::Slot { id: id(), source })?;
+        device.placed(address);
         log::info!("device {} is at {address}", device.name());
         let key = self.next_key();
         self.all.push(Entry { key, address, device });
@@ -188,6 +189,7 @@ impl Devices {
             .hotplug
             .plug(&device.function())
             .map_err(|source| DevicesError::Slot { id: id(), source })?;
+        device.placed(address);
         log::info!("device {} was added at {address}", device.name());
         self.all.push(Entry { key, address, device });
         Ok(address)
@@ -272,11 +274,15 @@ impl Devices {
         self.all.iter().filter_map(|entry| Some((entry.key, entry.device.ready_fd()?)))
     }
 
-    /// Lets a device do what is to do, if it is still there.
-    pub fn process(&mut self, key: DeviceKey, memory: &GuestMemoryMmap) {
-        if let Some(entry) = self.all.iter_mut().find(|entry| entry.key == key) {
-            entry.device.process(memory);
+    /// Lets a device do what is to do, if it is still there. True if the next event asks the guest
+    /// for it, because the host wants it back.
+    pub fn process(&mut self, key: DeviceKey, memory: &GuestMemoryMmap) -> bool {
+        let Some(entry) = self.all.iter_mut().find(|entry| entry.key == key) else { return false };
+        if !entry.device.process(memory) || !self.hotplug.ask_for(entry.address) {
+            return false;
         }
+        log::warn!("the host wants {} back, and the guest is asked for it", entry.device.name());
+        true
     }
 
     /// Notices backends that are gone.

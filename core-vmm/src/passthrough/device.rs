@@ -14,11 +14,12 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::function::{AssignedFunction, Parts, Shown};
 use super::interrupts::Interrupts;
 use super::kvm::KvmVfio;
+use super::line::{self, Line};
 use super::sys::Window;
 use super::{AssignError, Services};
 use crate::error_chain;
 use crate::interrupt::descriptor;
-use crate::pci::PciFunction;
+use crate::pci::{PciFunction, Slot};
 
 /// The longest configuration space.
 const CONFIG_BYTES: u64 = 4096;
@@ -101,6 +102,11 @@ impl Assigned {
         Arc::clone(&self.function) as Arc<dyn PciFunction>
     }
 
+    /// It is in this slot now, which decides where its legacy interrupt goes.
+    pub fn placed(&self, slot: Slot) {
+        self.function.connect_line(line::pin_of(slot));
+    }
+
     /// Readable when [`Assigned::process`] has something to do; it is always the same one.
     #[must_use]
     pub fn ready_fd(&self) -> BorrowedFd<'_> {
@@ -166,6 +172,7 @@ impl Assigned {
     ///
     /// Fails if the host does not allow it.
     pub fn resume(&mut self, memory: &GuestMemoryMmap) -> Result<(), AssignError> {
+        self.function.resume();
         memory.iter().try_for_each(|region| self.add_memory(region))
     }
 
@@ -214,9 +221,10 @@ fn function(
         let index = u8::try_from(index).unwrap_or(u8::MAX);
         device.region(RegionIndex::bar(index)).len_bytes
     };
-    let config = ConfigSpace::new(&said, std::array::from_fn(size), false);
+    let line = Line::new(Arc::clone(&services.vm), Arc::clone(device))?;
+    let config = ConfigSpace::new(&said, std::array::from_fn(size), line.is_some());
     let counts = [config.msix().map_or(0, |msix| msix.vectors), config.msi_vectors()];
-    let interrupts = Interrupts::new(name, Arc::clone(device), &services.router, counts)?;
+    let interrupts = Interrupts::new(name, Arc::clone(device), &services.router, counts, line)?;
     let shown = windows(device, &config, services)?;
     let (name, device) = (name.to_owned(), Arc::clone(device));
     Ok(AssignedFunction::new(Parts { name, device, config, interrupts, shown }))

@@ -88,6 +88,16 @@ impl AssignedFunction {
         self.state().interrupts.silence();
     }
 
+    /// The device's line raises this pin of the I/O APIC.
+    pub(super) fn connect_line(&self, pin: u32) {
+        self.state().interrupts.connect_line(pin);
+    }
+
+    /// The device was reset and is to be used again.
+    pub(super) fn resume(&self) {
+        self.state().interrupts.resume();
+    }
+
     /// Back to power-on but for the configuration, with every vCPU stopped.
     pub(super) fn power_on(&self) {
         self.state().interrupts.reset();

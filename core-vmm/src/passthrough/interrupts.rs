@@ -7,8 +7,10 @@
 //! The second half is [`Vectors`], as for a virtio device. The first is switched on when the guest
 //! switches its capability on; a vector is asked for when the guest lets it fire for the first
 //! time, so that vectors that a driver never uses cost the host nothing. MSI has no table for the
-//! guest, so one is filled in here from its capability.
+//! guest, so one is filled in here from its capability. While the guest uses neither, the device
+//! has its [`Line`], if any.
 
+use std::io;
 use std::sync::Arc;
 
 use vfio::config_space::MsiState;
@@ -16,6 +18,7 @@ use vfio::{Device, InterruptKind};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::AssignError;
+use super::line::Line;
 use crate::error_chain;
 use crate::interrupt::{MsiRouter, SourceIndex, Vectors};
 use crate::pci::complaint::Complaints;
@@ -29,7 +32,8 @@ pub(super) struct Interrupts {
     device: Arc<Device>,
     msix: Option<Messages>,
     msi: Option<Messages>,
-    /// What the device sends now.
+    line: Option<Line>,
+    /// Which of the two the device sends now.
     active: Option<InterruptKind>,
     complaints: Complaints,
 }
@@ -88,6 +92,7 @@ impl Interrupts {
         device: Arc<Device>,
         router: &Arc<MsiRouter>,
         [msix, msi]: [u16; 2],
+        line: Option<Line>,
     ) -> Result<Self, AssignError> {
         // What the configuration promises and VFIO does not have would never fire.
         let messages = |kind, promised: u16| {
@@ -99,7 +104,16 @@ impl Interrupts {
         };
         let msix = messages(InterruptKind::MsiX, msix)?;
         let msi = messages(InterruptKind::Msi, msi)?;
-        Ok(Self { device, msix, msi, active: None, complaints: Complaints::about(name) })
+        let complaints = Complaints::about(name);
+        Ok(Self { device, msix, msi, line, active: None, complaints })
+    }
+
+    /// The device's line raises this pin from now on.
+    pub(super) fn connect_line(&mut self, pin: u32) {
+        if let Some(line) = &mut self.line {
+            line.set_pin(pin);
+        }
+        self.follow();
     }
 
     /// The MSI-X table, as the guest sees it.
@@ -135,7 +149,14 @@ impl Interrupts {
             None
         };
         if self.active != wanted {
-            self.silence();
+            self.silence_messages();
+        }
+        let is_first = self.active.is_none();
+        match wanted {
+            None => self.switch_line(Line::switch_on),
+            // The device has one kind at a time.
+            Some(_) if is_first => self.switch_line(Line::switch_off),
+            Some(_) => {}
         }
         let messages = match wanted {
             Some(InterruptKind::MsiX) => self.msix.as_mut(),
@@ -143,7 +164,6 @@ impl Interrupts {
             _ => None,
         };
         let (Some(kind), Some(messages)) = (wanted, messages) else { return };
-        let is_first = self.active.is_none();
         match send(&self.device, kind, messages, is_first) {
             Ok(()) => self.active = Some(kind),
             Err(error) => {
@@ -152,8 +172,21 @@ impl Interrupts {
         }
     }
 
+    fn switch_line(&mut self, switch: impl FnOnce(&mut Line) -> io::Result<()>) {
+        if let Some(line) = &mut self.line
+            && let Err(error) = switch(line)
+        {
+            self.complaints.log(format_args!("the device's line: {}", error_chain(&error)));
+        }
+    }
+
     /// Sends nothing any more.
     pub(super) fn silence(&mut self) {
+        self.switch_line(Line::switch_off);
+        self.silence_messages();
+    }
+
+    fn silence_messages(&mut self) {
         let Some(kind) = self.active.take() else { return };
         if let Err(error) = self.device.silence(kind) {
             self.complaints.log(format_args!("{}", error_chain(&error)));
@@ -169,6 +202,11 @@ impl Interrupts {
         for messages in [&mut self.msix, &mut self.msi].into_iter().flatten() {
             messages.reset();
         }
+    }
+
+    /// The device was reset: its line is all that it has.
+    pub(super) fn resume(&mut self) {
+        self.follow();
     }
 }
 

@@ -22,6 +22,7 @@
 //! let opened = vfio::group::open(&Sysfs::default(), address)?;      // or three descriptors
 //! let mut device = Assigned::new(id, opened, &services, &memory)?;  // pins all of `memory`
 //! let slot = bus.attach(device.function())?;                        // cold, or hot-added
+//! device.placed(slot);                                              // its line has a pin then
 //! device.add_memory(&region)?; device.remove_memory(start, len)?;   // RAM comes and goes
 //! device.reset(); bus.reset(); ...; device.resume(&memory)?;        // around a reset of the VM
 //! bus.detach(slot)?; drop(device);                                  // reset, and the host's again
@@ -33,6 +34,7 @@ mod device;
 mod function;
 mod interrupts;
 mod kvm;
+pub mod line;
 mod sys;
 
 use std::io;
