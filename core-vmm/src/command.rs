@@ -9,6 +9,8 @@
 //! AddDevice                       yes   no                no
 //! SetCpus                         yes   no                no    from 1 to what there can be, if it
 //!                                                               can change
+//! SetMemory                       yes   no                no    in steps, from boot RAM to what there
+//!                                                               can be, while none is to go
 //!
 //!             state of the device:   Idle  Active  NeedsReset  Lost  Quiesced  Passthrough  none
 //! Quiesce                             yes   yes     yes         no    no        no           no
@@ -24,8 +26,13 @@
 //! More vCPUs while some have yet to go are refused later, by `acpi::cpu_hotplug`: one that is to go
 //! can't be called back, as nobody knows how far the guest has come with it. Fewer, or the same
 //! number again, tell the guest once more.
+//!
+//! While RAM is to go nobody knows how far the guest has come with it: it can't be called back, and
+//! no other amount be asked for.
 
 use nacre_proto::vmm::{Command, DeviceState, DeviceStatus, NewDevice, NewDeviceKind, State};
+
+use crate::memory::hotplug::Plan;
 
 /// What the control loop is to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +45,8 @@ pub enum Action {
     PressPowerButton,
     /// Have so many vCPUs.
     SetCpus(u32),
+    /// Have so much RAM.
+    SetMemory(u64),
     /// Give the device of this index the backend whose socket came along.
     Reconnect(usize),
     /// Have the backend of the device of this index stop and hang up.
@@ -92,6 +101,29 @@ pub enum Refusal {
         /// The most.
         max: u32,
     },
+    /// The guest was asked for RAM and has not answered.
+    #[error("the guest has yet to give up memory that it was asked for")]
+    MemoryLeaving,
+    /// Less RAM or more than there can be.
+    #[error("{got} bytes of memory are not between {min} and {max}")]
+    Memory {
+        /// As asked.
+        got: u64,
+        /// The least: what the VM began with.
+        min: u64,
+        /// The most.
+        max: u64,
+    },
+    /// RAM that units don't make up.
+    #[error("{got} bytes of memory are not {min} and a multiple of {step}")]
+    MemoryStep {
+        /// As asked.
+        got: u64,
+        /// What the VM began with.
+        min: u64,
+        /// What is added and removed at least.
+        step: u64,
+    },
     /// It can't be done yet.
     #[error("this VMM can't do that yet")]
     NotYet,
@@ -121,6 +153,10 @@ pub struct Situation<'a> {
     pub max_cpus: u32,
     /// Whether vCPUs can be added and removed.
     pub can_change_cpus: bool,
+    /// Which RAM there can be.
+    pub memory: Plan,
+    /// Whether some of it is to go.
+    pub memory_is_leaving: bool,
 }
 
 /// What `command`, which came with so many `descriptors`, does to a VM in this `situation`.
@@ -151,7 +187,7 @@ pub fn decide(
             index => Ok(Action::RemoveDevice(index)),
         },
         (State::Running, Command::SetCpus { cpus }) => set_cpus(situation, *cpus),
-        (State::Running, Command::SetMemory { .. }) => Err(Refusal::NotYet),
+        (State::Running, Command::SetMemory { bytes }) => set_memory(situation, *bytes),
     }
 }
 
@@ -210,6 +246,22 @@ fn add(situation: &Situation<'_>, new: &NewDevice) -> Result<Action, Refusal> {
     }
 }
 
+fn set_memory(situation: &Situation<'_>, bytes: u64) -> Result<Action, Refusal> {
+    let plan = situation.memory;
+    let (min, max, step) = (plan.boot_bytes(), plan.max_bytes(), plan.unit_bytes());
+    if !(min..=max).contains(&bytes) {
+        Err(Refusal::Memory { got: bytes, min, max })
+    } else if !(bytes - min).is_multiple_of(step) {
+        Err(Refusal::MemoryStep { got: bytes, min, step })
+    } else if situation.is_resetting {
+        Err(Refusal::Resetting)
+    } else if situation.memory_is_leaving {
+        Err(Refusal::MemoryLeaving)
+    } else {
+        Ok(Action::SetMemory(bytes))
+    }
+}
+
 /// How many descriptors come with `command`.
 fn descriptors_of(command: &Command) -> usize {
     match command {
@@ -235,6 +287,11 @@ fn find(devices: &[DeviceStatus], id: &str) -> Result<usize, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::layout::Ram;
+
+    /// An odd size, in steps of which no amount is a multiple of the step.
+    const MIN: u64 = 514 << 20;
+    const STEP: u64 = 128 << 20;
 
     const STATES: [DeviceState; 6] = [
         DeviceState::Idle,
@@ -277,7 +334,16 @@ mod tests {
     }
 
     fn situation(state: State, devices: &[DeviceStatus]) -> Situation<'_> {
-        Situation { state, is_resetting: false, devices, max_cpus: 4, can_change_cpus: true }
+        let memory = Plan::new(&Ram::of(MIN), MIN + 2 * STEP, 40).unwrap();
+        Situation {
+            state,
+            is_resetting: false,
+            devices,
+            max_cpus: 4,
+            can_change_cpus: true,
+            memory,
+            memory_is_leaving: false,
+        }
     }
 
     fn running(command: &Command, descriptors: usize) -> Result<Action, Refusal> {
@@ -289,12 +355,18 @@ mod tests {
         let new = || virtio("new", 2);
         let (resetting, is_ending) = (Err(Refusal::Resetting), Err(Refusal::Ending));
         let press = || Ok(Action::PressPowerButton);
+        let set = || Command::SetMemory { bytes: MIN };
         for (command, wanted, expected) in [
             (Command::Status, 0, [Ok(Action::Report), Ok(Action::Report), Ok(Action::Report)]),
             (Command::Stop, 0, [Ok(Action::Stop), Ok(Action::Stop), Ok(Action::Stop)]),
             (Command::PowerButton, 0, [press(), press(), is_ending.clone()]),
             (add(new()), 1, [Ok(Action::AddDevice(new())), resetting.clone(), is_ending.clone()]),
-            (Command::SetCpus { cpus: 1 }, 0, [Ok(Action::SetCpus(1)), resetting, is_ending]),
+            (
+                Command::SetCpus { cpus: 1 },
+                0,
+                [Ok(Action::SetCpus(1)), resetting.clone(), is_ending.clone()],
+            ),
+            (set(), 0, [Ok(Action::SetMemory(MIN)), resetting, is_ending]),
         ] {
             let devices = devices();
             let mut all = [State::Running, State::Running, State::Ending]
@@ -394,6 +466,28 @@ mod tests {
         }
         for got in [0, 5, u32::MAX] {
             assert_eq!(ask(|_| {}, got), Err(Refusal::Cpus { got, max: 4 }));
+        }
+    }
+
+    #[test]
+    fn the_whole_table_of_memory_is_as_written() {
+        let ask = |change: fn(&mut Situation<'_>), bytes| {
+            let mut situation = situation(State::Running, &[]);
+            change(&mut situation);
+            decide(&situation, &Command::SetMemory { bytes }, 0)
+        };
+        let max = MIN + 2 * STEP;
+        for bytes in [MIN, MIN + STEP, max] {
+            assert_eq!(ask(|_| {}, bytes), Ok(Action::SetMemory(bytes)));
+            assert_eq!(ask(|s| s.is_resetting = true, bytes), Err(Refusal::Resetting));
+            assert_eq!(ask(|s| s.memory_is_leaving = true, bytes), Err(Refusal::MemoryLeaving));
+            assert_eq!(ask(|s| s.state = State::Ending, bytes), Err(Refusal::Ending));
+        }
+        for got in [0, MIN - STEP, max + STEP, u64::MAX] {
+            assert_eq!(ask(|_| {}, got), Err(Refusal::Memory { got, min: MIN, max }));
+        }
+        for got in [MIN + 1, MIN + STEP / 2, 5 * STEP] {
+            assert_eq!(ask(|_| {}, got), Err(Refusal::MemoryStep { got, min: MIN, step: STEP }));
         }
     }
 }

@@ -174,8 +174,7 @@ impl Control {
                 GuestEvent::Failed { vcpu, reason } => {
                     return Err(ControlError::Vcpu { vcpu, reason });
                 }
-                // Nothing was plugged.
-                GuestEvent::Memory => {}
+                GuestEvent::Memory => self.vm.process_memory(),
                 // Whoever tells of devices looks for it.
                 GuestEvent::PciHotplug => {}
                 GuestEvent::Reset if self.on_reset == OnReset::Exit => {
@@ -248,6 +247,8 @@ impl Control {
             devices: &devices,
             max_cpus: self.vm.parts.cpus.possible(),
             can_change_cpus: self.vm.parts.cpus.can_change(),
+            memory: *self.vm.parts.memory.plan(),
+            memory_is_leaving: self.vm.parts.memory.is_leaving(),
         };
         let (outcome, exit) = match command::decide(&situation, &request.command, count) {
             Ok(action) => self.act(action, datagram.descriptors)?,
@@ -266,6 +267,7 @@ impl Control {
             Action::Stop => return Ok((Outcome::Done, Some(VmmExit::Stopped))),
             Action::PressPowerButton => outcome(self.vm.parts.events.raise(Event::PowerButton)),
             Action::SetCpus(cpus) => outcome(self.vm.set_cpus(cpus)),
+            Action::SetMemory(bytes) => outcome(self.vm.set_memory(bytes)),
             Action::Quiesce(index) => outcome(self.vm.quiesce_device(index)),
             Action::AddDevice(new) => self.add_device(new, descriptors),
             Action::RemoveDevice(index) => {
@@ -317,13 +319,13 @@ impl Control {
     }
 
     fn status(&self) -> Status {
-        let (cpus, memory_bytes) = (&self.vm.parts.cpus, self.vm.memory_bytes());
+        let (cpus, memory) = (&self.vm.parts.cpus, &self.vm.parts.memory);
         Status {
             state: State::Running,
             cpus: cpus.present(),
             max_cpus: cpus.possible(),
-            memory_bytes,
-            max_memory_bytes: memory_bytes,
+            memory_bytes: memory.bytes(),
+            max_memory_bytes: memory.plan().max_bytes(),
             resets: self.vm.resets(),
             timing: self.timing,
             exits: exit::sum(self.vm.vcpus().exit_counts()),

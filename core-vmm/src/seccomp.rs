@@ -12,6 +12,7 @@ use std::process;
 
 use kvm_bindings as kvm;
 use libc::c_long;
+use rustix::fs::MemfdFlags;
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
     SeccompFilter, SeccompRule, TargetArch,
@@ -35,6 +36,7 @@ const fn kvm_ioctl(direction: u64, number: u64, size: usize) -> u64 {
 
 const F_GETFD: u64 = 1;
 const F_DUPFD_CLOEXEC: u64 = 1030;
+const F_ADD_SEALS: u64 = 1033;
 const KVM_RUN: u64 = kvm_ioctl(NONE, 0x80, 0);
 
 /// A vCPU's state, for resets and for the log of a crash.
@@ -66,7 +68,7 @@ const VM_WIRING: [u64; 3] = [
 ];
 
 /// What a driver's writes to a passed-through device's registers come down to.
-const BAR_WINDOWS: [u64; 1] =
+const MEMORY_SLOTS: [u64; 1] =
     [kvm_ioctl(WRITE, 0x46, size_of::<kvm::kvm_userspace_memory_region>())];
 
 /// KVM's knowledge of passed-through devices.
@@ -106,13 +108,14 @@ const EVERY_THREAD: [c_long; 22] = [
 ];
 
 /// The control thread's own: its loop, its sockets, the files it loads again after a reset.
-const CONTROL_THREAD: [c_long; 14] = [
+const CONTROL_THREAD: [c_long; 15] = [
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_wait,
     libc::SYS_eventfd2,
     libc::SYS_fallocate,
+    libc::SYS_ftruncate,
     libc::SYS_lseek,
     libc::SYS_pread64,
     libc::SYS_pwrite64,
@@ -138,6 +141,14 @@ fn second_argument_is(value: u64) -> Result<SeccompRule, BackendError> {
 /// Signals may be sent to this process's own threads.
 fn own_threads() -> Result<Rules, BackendError> {
     Ok(vec![(libc::SYS_tgkill, vec![argument_is(0, process::id().into())?])])
+}
+
+/// Memory files may be made that can be sealed and, where the kernel knows that, never executed.
+fn memory_files() -> Result<(c_long, Vec<SeccompRule>), BackendError> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let flags = [flags, flags | MemfdFlags::NOEXEC_SEAL];
+    let rules = flags.into_iter().map(|flags| argument_is(1, flags.bits().into()));
+    Ok((libc::SYS_memfd_create, rules.collect::<Result<_, _>>()?))
 }
 
 /// Memory may be mapped, but never to execute it.
@@ -182,7 +193,7 @@ pub fn vcpu_filter(passthrough: bool) -> Result<BpfProgram, SeccompError> {
     let mut ioctls: Vec<&[u64]> = vec![&[KVM_RUN], &VCPU_STATE, &VM_WIRING];
     if passthrough {
         calls.push(&[libc::SYS_pread64, libc::SYS_pwrite64]);
-        ioctls.extend([&BAR_WINDOWS[..], &vfio::IOCTLS_OF_DRIVERS]);
+        ioctls.extend([&MEMORY_SLOTS[..], &vfio::IOCTLS_OF_DRIVERS]);
     }
     compile(&calls, &[F_GETFD], &ioctls, Vec::new())
 }
@@ -197,17 +208,19 @@ pub fn control_filter() -> Result<BpfProgram, SeccompError> {
     let terminal = [libc::TCSETS, libc::TCSETSW, libc::TCGETS];
     // A new backend's socket.
     let socket = [libc::FIONBIO];
-    let fcntls = [F_GETFD, F_DUPFD_CLOEXEC];
+    let fcntls = [F_GETFD, F_DUPFD_CLOEXEC, F_ADD_SEALS];
     let ioctls: [&[u64]; 7] = [
         &VM_WIRING,
         &VM_STATE,
         &terminal,
         &socket,
-        &BAR_WINDOWS,
+        &MEMORY_SLOTS,
         &KVM_DEVICES,
         &vfio::IOCTLS_AT_RUN_TIME,
     ];
-    compile(&[&EVERY_THREAD, &CONTROL_THREAD], &fcntls, &ioctls, own_threads()?)
+    let mut more = own_threads()?;
+    more.push(memory_files()?);
+    compile(&[&EVERY_THREAD, &CONTROL_THREAD], &fcntls, &ioctls, more)
 }
 
 /// The filter of the thread that ends conversations with backends.
@@ -228,10 +241,11 @@ mod tests {
         assert_eq!(KVM_RUN, 0xae80);
         assert_eq!(i32::try_from(F_GETFD), Ok(libc::F_GETFD));
         assert_eq!(i32::try_from(F_DUPFD_CLOEXEC), Ok(libc::F_DUPFD_CLOEXEC));
+        assert_eq!(i32::try_from(F_ADD_SEALS), Ok(libc::F_ADD_SEALS));
         // As `strace` prints them.
         assert_eq!(VCPU_STATE[1], 0x4090_ae82);
         assert_eq!(VCPU_STATE[9], 0x4400_ae8f);
-        assert_eq!(BAR_WINDOWS, [0x4020_ae46]);
+        assert_eq!(MEMORY_SLOTS, [0x4020_ae46]);
         assert_eq!(KVM_DEVICES, [0xc00c_aee0, 0x4018_aee1]);
         assert_eq!(VM_WIRING, [0x4008_ae6a, 0x4020_ae76, 0x4040_ae79]);
     }

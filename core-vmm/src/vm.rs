@@ -33,6 +33,7 @@ use crate::{
     hotplug::{
         self,
         cpus::{Cpus, CpusError},
+        memory::{Memory, SetMemoryError},
     },
     jail,
     kvm::{self, KvmError},
@@ -47,6 +48,7 @@ use crate::{
         layout,
         region::{self, GuestRam, MemoryError},
         slots::Slots,
+        unit::Site,
     },
     passthrough,
     seccomp::{self, SeccompError},
@@ -113,8 +115,8 @@ pub struct Parts {
     pub devices: Devices,
     /// The event device.
     pub events: Arc<EventDevice>,
-    /// By which the guest finds RAM that comes, and gives up RAM that is to go.
-    pub memory_hotplug: Arc<MemoryHotplug>,
+    /// RAM that comes and goes.
+    pub memory: Memory,
     /// The serial port, if there is one.
     pub console: Option<Console>,
     /// What vCPUs tell.
@@ -158,9 +160,10 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
     region::check_size("--max-memory", config.max_memory_bytes, address_bits)?;
     let kvm = host.create_machine(config.max_cpus)?;
     let mut ram = GuestRam::new(config.memory_bytes)?;
-    let memory = Plan::new(&ram.ram, config.max_memory_bytes, address_bits)?;
+    let plan = Plan::new(&ram.ram, config.max_memory_bytes, address_bits)?;
     let slots = Slots::of(&kvm.vm);
     ram.register(&kvm.vm, &slots)?;
+    let site = Site::new(plan, Arc::clone(&kvm.vm), slots.clone())?;
     let vcpus = vcpu::create(&host, &kvm.vm, config.max_cpus)?;
     let statistics = Statistics::open(&kvm.vm, &vcpus);
     let gate = Arc::new(Gate::with(config.max_cpus, config.cpus));
@@ -168,7 +171,8 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
         event::channel(Arc::clone(&gate)).map_err(unavailable("an eventfd"))?;
     let devices = boot_devices(config, (&kvm, &slots, &ram), address_bits, &notifier)?;
     let events = Arc::new(EventDevice::new().map_err(unavailable("the event device"))?);
-    let controller = CpuController::new(config.cpus, config.max_cpus, Arc::clone(&notifier));
+    let cpu_controller = CpuController::new(config.cpus, config.max_cpus, Arc::clone(&notifier));
+    let memory_controller = Arc::new(MemoryHotplug::new(plan.units(), Arc::clone(&notifier)));
     let console = Console::open(&config.serial).map_err(unavailable("the serial port"))?;
     let parts = Parts {
         machine: Machine {
@@ -177,15 +181,15 @@ pub fn build(config: &Config) -> Result<Built, VmError> {
             address_bits,
             pci_segments: config.pci_segments,
             has_serial: console.is_some(),
-            memory,
+            memory: plan,
         },
         kvm,
         ram,
         boot,
         devices,
-        cpus: Cpus::new(Arc::new(controller)),
+        cpus: Cpus::new(Arc::new(cpu_controller)),
         events,
-        memory_hotplug: Arc::new(MemoryHotplug::new(memory.units(), Arc::clone(&notifier))),
+        memory: Memory::new(site, memory_controller),
         console,
         mailbox,
         statistics,
@@ -251,7 +255,7 @@ impl Parts {
         let events = Arc::clone(&self.events);
         mmio.insert(registers.start, registers.end - registers.start, events)?;
         let registers = layout::MEMORY_HOTPLUG;
-        let memory = Arc::clone(&self.memory_hotplug);
+        let memory = Arc::clone(self.memory.controller());
         mmio.insert(registers.start, registers.end - registers.start, memory)?;
         let registers = layout::CPU_HOTPLUG;
         let cpus = Arc::clone(self.cpus.controller());
@@ -297,7 +301,8 @@ impl Vm {
         self.parts.machine.cpus = self.parts.cpus.present();
         self.parts.devices.reset()?;
         self.parts.events.reset();
-        self.parts.memory_hotplug.reset();
+        let parts = &mut self.parts;
+        self.untold.extend(parts.memory.reset(&mut parts.ram, &mut parts.devices));
         Ok(())
     }
 
@@ -317,6 +322,7 @@ impl Vm {
         self.untold.extend(hotplug::devices::finish(&mut self.parts.devices));
         self.parts.kvm.reset_interrupt_controllers()?;
         self.parts.ram.wipe()?;
+        self.parts.memory.wipe()?;
         // What was wiped has new pages.
         self.parts.devices.resume(&self.parts.ram.memory)?;
         let entry = self.parts.boot.load(&self.parts.ram)?;
@@ -424,9 +430,21 @@ impl Vm {
         &self.vcpus
     }
 
-    /// How many bytes of RAM there are.
-    #[must_use]
-    pub fn memory_bytes(&self) -> u64 {
-        self.parts.ram.ram.ranges().map(|range| range.end - range.start).sum()
+    /// Has so much RAM be there, as far as the guest plays its part.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the host, KVM or a backend has no room for it.
+    pub fn set_memory(&mut self, bytes: u64) -> Result<(), SetMemoryError> {
+        // What was ejected is of use again only when it is gone.
+        self.process_memory();
+        let Parts { memory, ram, devices, events, .. } = &mut self.parts;
+        memory.set(bytes, ram, devices, events)
+    }
+
+    /// Does what the guest asks for by the controller of its RAM.
+    pub fn process_memory(&mut self) {
+        let Parts { memory, ram, devices, .. } = &mut self.parts;
+        self.untold.extend(memory.process(ram, devices));
     }
 }

@@ -122,6 +122,12 @@ impl Ledger {
         self.ranges.last().copied()
     }
 
+    /// Whether `address` is in it.
+    #[must_use]
+    pub fn holds(&self, address: u64) -> bool {
+        self.ranges.iter().any(|range| (range.start..range.end()).contains(&address))
+    }
+
     /// How much is mapped.
     #[must_use]
     pub fn len_bytes(&self) -> u64 {
@@ -221,6 +227,12 @@ impl DmaMap {
         let failed = |source| DmaError::Unmap { start, len_bytes, source };
         self.container.unmap(start, len_bytes).map_err(failed)?;
         Ok(self.ledger.remove(range)?)
+    }
+
+    /// Whether the container's devices reach the guest address `address`.
+    #[must_use]
+    pub fn reaches(&self, address: u64) -> bool {
+        self.ledger.holds(address)
     }
 
     /// Takes everything back, the last range first.

@@ -190,7 +190,7 @@ impl Device {
     }
 }
 
-fn failed(device: &Assigned) -> impl FnOnce(AssignError) -> DevicesError + use<> {
+pub(super) fn failed(device: &Assigned) -> impl FnOnce(AssignError) -> DevicesError + use<> {
     let id = device.name().to_owned();
     |source| DevicesError::Assign { id, source }
 }

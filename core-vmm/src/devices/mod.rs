@@ -3,6 +3,7 @@
 
 pub mod boot;
 mod device;
+mod memory;
 
 use std::{
     io,
@@ -78,6 +79,16 @@ pub enum DevicesError {
         id: String,
         /// Why.
         source: io::Error,
+    },
+    /// The guest has more RAM than the backend can have.
+    #[error("the backend of {id} takes {most} regions of memory, and the guest has {wanted}")]
+    Regions {
+        /// Which device.
+        id: String,
+        /// The most.
+        most: usize,
+        /// As there are.
+        wanted: usize,
     },
     /// No descriptors.
     #[error("device {id}")]

@@ -59,6 +59,7 @@ pub fn add(
             devices.assigned(&new.id, Opened { container, group, device }, memory)?
         }
     };
+    device.takes(memory)?;
     devices.plug(device, watch)
 }
 

@@ -24,6 +24,8 @@ use crate::{
         ged::{self, EventDevice},
         memory_hotplug::{MemoryHotplug, Report},
     },
+    devices::Devices,
+    error_chain,
     memory::{
         hotplug::{Change, Plan},
         region::{GuestRam, MemoryError},
@@ -52,6 +54,24 @@ pub trait Followers {
     ///
     /// Fails, in words, if one of them may still reach it.
     fn unmap_for_dma(&mut self, region: &GuestRegionMmap) -> Result<(), String>;
+}
+
+impl Followers for Devices {
+    fn fewest_regions(&self) -> Option<(String, usize)> {
+        Self::fewest_regions(self)
+    }
+
+    fn follow(&mut self, memory: &GuestMemoryMmap) {
+        self.follow_memory(memory);
+    }
+
+    fn map_for_dma(&mut self, region: &GuestRegionMmap) -> Result<(), String> {
+        Self::map_for_dma(self, region).map_err(|error| error_chain(&error))
+    }
+
+    fn unmap_for_dma(&mut self, region: &GuestRegionMmap) -> Result<(), String> {
+        Self::unmap_for_dma(self, region).map_err(|error| error_chain(&error))
+    }
 }
 
 /// Why there is not as much RAM as was asked for.

@@ -134,6 +134,12 @@ impl Assigned {
         Ok(self.dma.add(start, &slice)?)
     }
 
+    /// Whether the device reaches the memory at `start`: not while the VM is reset.
+    #[must_use]
+    pub fn reaches(&self, start: GuestAddress) -> bool {
+        self.dma.reaches(start.0)
+    }
+
     /// The device reaches RAM that is to go no longer.
     ///
     /// # Errors
