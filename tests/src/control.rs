@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use nacre_proto::vmm::{self, Command, Event, Outcome, Request, Status, Told};
+use nacre_proto::vmm::{self, Command, Event, Outcome, Request, Resource, Status, Told};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -108,6 +108,66 @@ impl Control {
                 Told::Reply(reply) => bail!("an answer to nothing: {reply:?}"),
             }
         }
+    }
+
+    /// What `find` makes of the first event that it knows, once there is one.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is none in time.
+    pub fn event<T>(&mut self, find: impl Fn(&Event) -> Option<T>) -> Result<T> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let found = self.events.iter().enumerate();
+            if let Some((at, found)) =
+                found.filter_map(|(at, event)| Some((at, find(event)?))).next()
+            {
+                self.events.remove(at);
+                return Ok(found);
+            }
+            let heard = self.hear(deadline)?;
+            match heard.with_context(|| format!("not told; only {:?}", self.events))? {
+                Told::Event(event) => self.events.push(event),
+                Told::Reply(reply) => bail!("an answer to nothing: {reply:?}"),
+            }
+        }
+    }
+
+    /// Asks for so much RAM.
+    ///
+    /// # Errors
+    ///
+    /// Fails with the VMM's reason if it refuses.
+    pub fn set_memory(&mut self, bytes: u64) -> Result<()> {
+        match self.ask(Command::SetMemory { bytes }, None)? {
+            Outcome::Done => Ok(()),
+            Outcome::Refused(reason) => bail!("{reason}"),
+            other => bail!("not what was asked for: {other:?}"),
+        }
+    }
+
+    /// How much RAM there is, once the guest has ejected some.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not.
+    pub fn memory_changed(&mut self) -> Result<u64> {
+        self.event(|event| match event {
+            Event::MemoryChanged { bytes } => Some(*bytes),
+            _ => None,
+        })
+    }
+
+    /// Why the guest can't use RAM or won't give it up, once it says so.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not.
+    pub fn memory_declined(&mut self) -> Result<String> {
+        self.event(|event| match event {
+            Event::Declined { what: Resource::Memory, reason } => Some(reason.clone()),
+            _ => None,
+        })
     }
 
     /// The next thing that the VMM tells, or none by the deadline.

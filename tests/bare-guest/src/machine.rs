@@ -41,6 +41,12 @@ pub fn inl(port: u16) -> u32 {
     value
 }
 
+/// Masks the two PICs, which would deliver the event device's interrupt as an exception.
+pub fn mask_legacy_interrupts() {
+    outb(0x21, 0xff);
+    outb(0xa1, 0xff);
+}
+
 pub fn read8(address: u64) -> u8 {
     unsafe { (address as *const u8).read_volatile() }
 }

@@ -18,6 +18,7 @@ use start_info::StartInfo;
 #[unsafe(no_mangle)]
 extern "C" fn guest_main(start_info: u64) -> ! {
     dma::start();
+    machine::mask_legacy_interrupts();
     let info = StartInfo::at(start_info);
     let tables: alloc::vec::Vec<_> = acpi::tables(info.rsdp()).collect();
     let name = info.command_line().split_whitespace().next().unwrap_or("").strip_prefix("test=");

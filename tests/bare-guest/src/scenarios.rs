@@ -2,6 +2,7 @@
 
 mod blk;
 mod board;
+mod memory;
 mod net;
 mod storm;
 mod vsock;
@@ -34,6 +35,7 @@ pub fn run(name: &str, info: StartInfo, tables: &[Table]) {
         "blk-reboot" => blk::reboot(|| {}),
         "blk-reboot-later" => blk::reboot(wait_for_input),
         "blk-storm" => storm::run(info.number("requests")),
+        "memory-hotplug" => memory::run(),
         "net" => net::echo(),
         "vsock" => vsock::echo(),
         "blk-until-it-fails" => load::blk::until_it_fails(),

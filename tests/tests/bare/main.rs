@@ -4,6 +4,7 @@
 mod bad_input;
 mod blk;
 mod board;
+mod memory;
 mod net;
 mod restart;
 mod stand_in;
