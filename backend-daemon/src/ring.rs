@@ -4,6 +4,7 @@
 //! ones before writable ones, properly ended. A device therefore never meets a bad address. The
 //! guest may rewrite its descriptors afterwards; nobody looks at them again.
 
+mod announce;
 mod dirty;
 mod gather;
 mod together;
@@ -15,7 +16,7 @@ use std::sync::atomic::Ordering;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemory, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap,
+    GuestAddress, GuestMemory, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap,
 };
 
 pub use self::gather::{readv, skip, take, total, writev};
@@ -36,9 +37,6 @@ pub type Memory = GuestMemoryMmap<()>;
 pub type SharedMemory = GuestMemoryAtomic<Memory>;
 /// The memory as it was when it was loaded; keeps its mappings alive.
 pub type MemoryGuard = GuestMemoryLoadGuard<Memory>;
-
-/// `VIRTQ_AVAIL_F_NO_INTERRUPT` (virtio 1.3, section 2.7.6).
-const AVAIL_NO_INTERRUPT: u16 = 1;
 
 /// What a guest can get wrong about a ring.
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +83,11 @@ pub struct Ring {
     queue: Queue,
     pub(crate) memory: MemoryGuard,
     pub(crate) call: Option<Arc<Doorbell>>,
-    pushed: bool,
+    /// The used index up to which the guest was interrupted, or did not want to be.
+    announced: u16,
+    /// The next announcement is made even if nothing was pushed: an earlier one may have reached
+    /// nobody, and with `EVENT_IDX` a guest that waits for it gets no other.
+    owes_interrupt: bool,
     /// The guest broke it: it stops at the end of the worker's call.
     broken: bool,
     /// Where chains in flight are marked, if the frontend keeps a region for it.
@@ -108,7 +110,8 @@ pub struct Chain {
 impl Ring {
     /// A ring on a `queue` whose areas lie in `memory`.
     pub(crate) fn new(queue: Queue, memory: MemoryGuard, call: Option<Arc<Doorbell>>) -> Self {
-        Self { queue, memory, call, pushed: false, broken: false, log: None, dirty: None }
+        let (announced, owes_interrupt, broken) = (queue.next_used(), true, false);
+        Self { queue, memory, call, announced, owes_interrupt, broken, log: None, dirty: None }
     }
 
     /// The position of the next chain that `pop` takes: what a restart goes on from.
@@ -191,6 +194,12 @@ impl Ring {
         self.queue.go_to_previous_position();
     }
 
+    /// Whether chains in flight are marked where a successor finds them.
+    #[must_use]
+    pub fn is_tracked(&self) -> bool {
+        self.log.is_some()
+    }
+
     /// Gives a chain back; the device wrote `written_bytes` bytes into it. The guest is told at
     /// the end of the worker's call.
     ///
@@ -212,41 +221,12 @@ impl Ring {
         let added = self.queue.add_used(&*self.memory, *last, written_bytes);
         self.log_used_ring();
         self.broken |= added.is_err();
-        self.pushed |= added.is_ok();
         if added.is_ok()
             && let Some(log) = &self.log
         {
             log.settle(heads.iter().copied(), self.queue.next_used());
         }
         Ok(added?)
-    }
-
-    /// Interrupts the guest if something was pushed since the last time and the guest wants it.
-    pub(crate) fn announce(&mut self) -> Result<(), RingError> {
-        if !std::mem::take(&mut self.pushed) {
-            return Ok(());
-        }
-        if self.wants_interrupt()?
-            && let Some(call) = &self.call
-            && let Err(error) = call.ring()
-        {
-            log::debug!("cannot interrupt the guest: {error}");
-        }
-        Ok(())
-    }
-
-    fn wants_interrupt(&mut self) -> Result<bool, RingError> {
-        let needed = self.queue.needs_notification(&*self.memory)?;
-        if self.queue.event_idx_enabled() {
-            return Ok(needed);
-        }
-        // Without EVENT_IDX the guest has a flag instead (virtio 1.3, section 2.7.7); the fence
-        // that orders its load behind the used index is in `needs_notification`.
-        let flags: u16 = self
-            .memory
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(virtio_queue::Error::GuestMemory)?;
-        Ok(needed && u16::from_le(flags) & AVAIL_NO_INTERRUPT == 0)
     }
 }
 

@@ -173,8 +173,9 @@ impl<W: Worker> Thread<W> {
             Order::Stop(queue) => return self.stop(queue),
             Order::Call(queue, call) => {
                 if let Some(ring) = self.ring(queue) {
-                    ring.call = call;
+                    ring.set_call(call);
                 }
+                self.call(Some(queue), |_worker, _rings| Ok(()))?;
             }
             Order::Err(queue, err) => {
                 if let Some(position) = self.position(queue) {

@@ -1,7 +1,6 @@
 //! Giving several chains back as one: what a packet in several buffers needs.
 
 use std::num::Wrapping;
-use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::QueueT;
 use vm_memory::{Address, Bytes, GuestAddress};
@@ -31,8 +30,7 @@ impl Ring {
                 log.link(*head);
             }
         }
-        let first_used = Wrapping(self.queue.next_used());
-        let mut used = first_used;
+        let mut used = Wrapping(self.queue.next_used());
         for (head, written_bytes) in heads.iter().zip(others) {
             let written = self.write_used(used.0, *head, *written_bytes);
             self.broken |= written.is_err();
@@ -41,12 +39,7 @@ impl Ring {
         }
         reach(Step::Written);
         self.queue.set_next_used(used.0);
-        self.publish(&heads, *last_bytes)?;
-        // The queue counts one chain for its own decision on an interrupt.
-        if !others.is_empty() && self.queue.event_idx_enabled() {
-            self.announce_from(first_used)?;
-        }
-        Ok(())
+        self.publish(&heads, *last_bytes)
     }
 
     /// Writes an element of the used ring without moving its index.
@@ -59,29 +52,5 @@ impl Ring {
         let element = u64::from(head) | u64::from(written_bytes) << 32;
         let written = self.memory.write_obj(element.to_le(), address);
         Ok(written.map_err(virtio_queue::Error::GuestMemory)?)
-    }
-
-    /// With `EVENT_IDX`, interrupts the guest if it waits for one of the used elements from
-    /// `first_used` on.
-    fn announce_from(&self, first_used: Wrapping<u16>) -> Result<(), RingError> {
-        // The used index must be visible before the guest's wish is read.
-        fence(Ordering::SeqCst);
-        let offset = 4 + 2 * u64::from(self.queue.size());
-        let event: u16 = GuestAddress(self.queue.avail_ring())
-            .checked_add(offset)
-            .ok_or(virtio_queue::Error::AddressOverflow)
-            .and_then(|address| {
-                let event = self.memory.load(address, Ordering::Relaxed);
-                event.map_err(virtio_queue::Error::GuestMemory)
-            })?;
-        let added = Wrapping(self.queue.next_used()) - first_used;
-        let waited = Wrapping(u16::from_le(event)) - first_used;
-        if waited < added
-            && let Some(call) = &self.call
-            && let Err(error) = call.ring()
-        {
-            log::debug!("cannot interrupt the guest: {error}");
-        }
-        Ok(())
     }
 }
