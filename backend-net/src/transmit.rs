@@ -1,6 +1,11 @@
 //! From the guest to the tap: one chain, one frame, written at most once.
+//!
+//! A process that is killed just after a frame was written has not given the chain back. Where chains
+//! in flight are marked, its successor sees that and sends none of them. Elsewhere the chain goes
+//! back first, and the frame is sent from a copy.
 
 use std::io;
+use std::iter;
 
 use backend_daemon::device::DeviceError;
 use backend_daemon::ring::{Chain, Ring, RingError, skip};
@@ -51,23 +56,38 @@ enum Attempt {
 pub(crate) struct Transmitter {
     features: Features,
     header_len: usize,
+    /// A frame with its header whose chain the guest has back, while the tap does not take it.
+    waiting: Option<Vec<u8>>,
     drops: Drops,
 }
 
 impl Transmitter {
     pub(crate) fn new() -> Self {
         let drops = Drops::new("frames from the guest");
-        Self { features: Features::default(), header_len: HEADER_BYTES, drops }
+        Self { features: Features::default(), header_len: HEADER_BYTES, waiting: None, drops }
     }
 
+    /// A new session: what waited has the former one's header.
     pub(crate) fn negotiated(&mut self, features: Features, header_len: usize) {
         (self.features, self.header_len) = (features, header_len);
+        self.waiting = None;
     }
 
     /// Sends what is in the queue, in its order.
     pub(crate) fn send(&mut self, ring: &mut Ring, tap: &Tap) -> Result<Sent, DeviceError> {
+        if let Some(frame) = self.waiting.take()
+            && !self.send_copy(frame, tap)?
+        {
+            return Ok(Sent::Blocked);
+        }
         for _ in 0..BUDGET {
             let Some(chain) = ring.pop()? else { return Ok(Sent::All) };
+            if !ring.is_tracked() {
+                if !self.give_back_and_send(ring, chain, tap)? {
+                    return Ok(Sent::Blocked);
+                }
+                continue;
+            }
             if chain.is_repeated() {
                 // It may be on the wire already; a frame that is lost is sent again by its owner.
                 ring.push(chain, 0)?;
@@ -96,6 +116,52 @@ impl Transmitter {
             Ok(_) => Ok(Attempt::Sent),
             Err(error) => failed(error),
         }
+    }
+
+    /// Gives whether the tap is ready for more.
+    fn give_back_and_send(
+        &mut self,
+        ring: &mut Ring,
+        chain: Chain,
+        tap: &Tap,
+    ) -> Result<bool, DeviceError> {
+        let copy = self.copy(&chain);
+        ring.push(chain, 0)?;
+        match copy {
+            Ok(frame) => self.send_copy(frame, tap),
+            Err(refusal) => {
+                self.drops.add(&refusal);
+                Ok(true)
+            }
+        }
+    }
+
+    /// A frame with its header, out of the guest's memory.
+    fn copy(&self, chain: &Chain) -> Result<Vec<u8>, Refusal> {
+        let header = self.header(chain)?.encode(0);
+        let len_bytes = usize::try_from(chain.readable_len()).unwrap_or(usize::MAX);
+        let mut frame = vec![0; len_bytes];
+        let read = chain.read_at(0, &mut frame);
+        read.map_err(|_too_short: RingError| Refusal::NoHeader)?;
+        frame[..self.header_len].copy_from_slice(&header[..self.header_len]);
+        Ok(frame)
+    }
+
+    /// Sends a copy, or lets it wait; gives whether the tap is ready for more.
+    fn send_copy(&mut self, frame: Vec<u8>, tap: &Tap) -> Result<bool, DeviceError> {
+        let attempt = match tap.write_frame(&frame, iter::empty()) {
+            Ok(_) => Attempt::Sent,
+            Err(error) => failed(error)?,
+        };
+        match attempt {
+            Attempt::Sent => {}
+            Attempt::Refused(refusal) => self.drops.add(&refusal),
+            Attempt::Blocked => {
+                self.waiting = Some(frame);
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn header(&self, chain: &Chain) -> Result<Header, Refusal> {

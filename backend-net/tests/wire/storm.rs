@@ -47,6 +47,11 @@ impl Arrived {
     }
 }
 
+/// A frontend that keeps a region for what is in flight.
+fn tracked() -> Options {
+    Options { inflight: true, ..Options::default() }
+}
+
 /// A guest in whose midst the device's process is replaced.
 struct Storm {
     supervisor: Supervisor,
@@ -61,7 +66,7 @@ impl Storm {
         let mut supervisor = Supervisor::new(1);
         let daemon = supervisor.start();
         let host = Host::listen();
-        let options = Options { queues: 2, inflight: true, queue_size: 256, ..options };
+        let options = Options { queues: 2, queue_size: 256, ..options };
         let driver = Driver::connect(&daemon.socket(), &options);
         Self { supervisor, daemon, host, driver, dice: 1 }
     }
@@ -127,15 +132,22 @@ fn transmit_through_kills(options: Options) {
 #[test]
 fn a_frame_goes_out_once_and_each_kill_loses_one_at_most() {
     if own_network() {
-        transmit_through_kills(Options::default());
+        transmit_through_kills(tracked());
     }
 }
 
 #[test]
 fn a_frame_goes_out_once_without_the_ring_s_features_too() {
     if own_network() {
-        let options = Options { event_idx: false, indirect: true, ..Options::default() };
+        let options = Options { event_idx: false, indirect: true, ..tracked() };
         transmit_through_kills(options);
+    }
+}
+
+#[test]
+fn a_frame_goes_out_once_without_a_region_for_what_is_in_flight_too() {
+    if own_network() {
+        transmit_through_kills(Options::default());
     }
 }
 
@@ -154,7 +166,7 @@ fn a_frame_to_the_guest_comes_once_and_each_kill_loses_one_at_most() {
     if !own_network() {
         return;
     }
-    let mut storm = Storm::new(Options::default());
+    let mut storm = Storm::new(tracked());
     let mut buffers = offer(&mut storm.driver, RECEIVE, 64, 2048);
     let (mut sent, mut arrived) = (0, Arrived::default());
     for _kill in 0..kills() {
@@ -194,7 +206,7 @@ fn a_death_at_any_step_sends_nothing_twice_and_loses_one_frame_at_most() {
         return;
     }
     let steps = env::var("NACRE_TORTURE_STEPS").map_or(200, |steps| steps.parse().unwrap());
-    let mut storm = Storm::new(Options::default());
+    let mut storm = Storm::new(tracked());
     let mut buffers = offer(&mut storm.driver, RECEIVE, 64, 2048);
     let (mut sent, mut arrived) = (0, Arrived::default());
     let (mut sent_to_guest, mut arrived_at_guest) = (0, Arrived::default());
