@@ -9,7 +9,7 @@ use std::fs::{self, File};
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
-const MODULES: &[&str] = &["virtio_blk", "pvpanic-mmio"];
+const MODULES: &[&str] = &["virtio_blk", "virtio_net", "pvpanic-mmio"];
 
 const INIT: &str = "#!/bin/busybox sh
 /bin/busybox --install -s /bin

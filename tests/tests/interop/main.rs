@@ -3,6 +3,9 @@
 //! than a /dev/kvm that emulates.
 
 mod foreign;
+mod guest;
+mod nic;
+mod ping;
 mod reconnect;
 
 use std::env;
