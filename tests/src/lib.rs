@@ -12,6 +12,7 @@ pub mod leftovers;
 pub mod machine;
 pub mod nacre;
 pub mod packet;
+pub mod passthrough;
 pub mod process;
 pub mod relay;
 pub mod soak;

@@ -1,11 +1,12 @@
 #![expect(
     unsafe_code,
-    reason = "network namespaces, taps, what a child inherits and the time-stamp counter"
+    reason = "network namespaces, taps, NVMe commands, what a child inherits, the time-stamp counter"
 )]
 //! The framework's own system calls.
 
 use std::arch::x86_64::_rdtsc;
 use std::ffi::CString;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -103,6 +104,53 @@ pub(crate) fn tap(name: &str) -> io::Result<OwnedFd> {
     // SAFETY: the call reads and writes one `ifreq`, which lives through it.
     match unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw const request) } {
         0 => Ok(tap),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// `struct nvme_admin_cmd` of linux include/uapi/linux/nvme_ioctl.h.
+#[repr(C)]
+#[derive(Default)]
+struct NvmeAdminCommand {
+    opcode: u8,
+    flags: u8,
+    reserved: u16,
+    namespace: u32,
+    words: [u32; 2],
+    metadata: u64,
+    address: u64,
+    metadata_bytes: u32,
+    data_bytes: u32,
+    /// Words 10 to 15 of the command.
+    arguments: [u32; 6],
+    timeout_ms: u32,
+    result: u32,
+}
+
+const _: () = assert!(size_of::<NvmeAdminCommand>() == 72);
+
+/// `NVME_IOCTL_ADMIN_CMD`, `_IOWR('N', 0x41, struct nvme_admin_cmd)`.
+const NVME_ADMIN_COMMAND: libc::c_ulong = 0xc048_4e41;
+/// Virtualization Management (NVMe 1.4, section 5.22).
+const NVME_VIRTUALIZATION: u8 = 0x1c;
+
+/// Has an NVMe controller do `action` with `count` of `resource` for the secondary controller
+/// `secondary`.
+pub(crate) fn nvme_virtualization(
+    controller: &File,
+    secondary: u32,
+    action: u32,
+    resource: u32,
+    count: u32,
+) -> io::Result<()> {
+    let mut command = NvmeAdminCommand { opcode: NVME_VIRTUALIZATION, ..Default::default() };
+    command.arguments[0] = secondary << 16 | resource << 8 | action;
+    command.arguments[1] = count;
+    let pointer = &raw mut command;
+    // SAFETY: the call reads and writes one command, which lives through it and names no buffer.
+    match unsafe { libc::ioctl(controller.as_raw_fd(), NVME_ADMIN_COMMAND, pointer) } {
+        0 => Ok(()),
+        status if status > 0 => Err(io::Error::other(format!("NVMe status {status:#x}"))),
         _ => Err(io::Error::last_os_error()),
     }
 }

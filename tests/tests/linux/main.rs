@@ -15,3 +15,4 @@ mod restart;
 mod restart_fs;
 mod restart_vsock;
 mod timing;
+mod vfio;
