@@ -137,11 +137,12 @@ impl Control {
         self.vm.run();
         loop {
             for token in self.poller.wait().map_err(ControlError::Poll)? {
-                if let Some(exit) = self.handle(token)? {
+                let exit = self.handle(token)?;
+                self.tell_events();
+                if let Some(exit) = exit {
                     self.log_end(exit);
                     return Ok(exit);
                 }
-                self.tell_events();
             }
         }
     }

@@ -170,6 +170,42 @@ impl Control {
         })
     }
 
+    /// Asks for so many vCPUs.
+    ///
+    /// # Errors
+    ///
+    /// Fails with the VMM's reason if it refuses.
+    pub fn set_cpus(&mut self, cpus: u32) -> Result<()> {
+        match self.ask(Command::SetCpus { cpus }, None)? {
+            Outcome::Done => Ok(()),
+            Outcome::Refused(reason) => bail!("{reason}"),
+            other => bail!("not what was asked for: {other:?}"),
+        }
+    }
+
+    /// Waits until the guest has ejected vCPUs and there are so many.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not.
+    pub fn cpus_become(&mut self, wanted: u32) -> Result<()> {
+        self.event(|event| {
+            matches!(event, Event::CpusChanged { cpus } if *cpus == wanted).then_some(())
+        })
+    }
+
+    /// Why the guest can't use vCPUs or won't give them up, once it says so.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not.
+    pub fn cpus_declined(&mut self) -> Result<String> {
+        self.event(|event| match event {
+            Event::Declined { what: Resource::Cpus, reason } => Some(reason.clone()),
+            _ => None,
+        })
+    }
+
     /// The next thing that the VMM tells, or none by the deadline.
     fn hear(&self, deadline: Instant) -> Result<Option<Told>> {
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));

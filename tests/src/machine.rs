@@ -164,7 +164,16 @@ impl Running {
     ///
     /// Fails if the guest says `FAIL`, ends, or stays silent too long.
     pub fn until(&mut self, start: &str) -> Result<String> {
-        let deadline = Instant::now() + PATIENCE;
+        self.until_within(PATIENCE, start)
+    }
+
+    /// The same, of a guest that takes longer.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the guest says `FAIL`, ends, or stays silent too long.
+    pub fn until_within(&mut self, patience: Duration, start: &str) -> Result<String> {
+        let deadline = Instant::now() + patience;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let line = match self.lines.recv_timeout(left) {
@@ -176,7 +185,7 @@ impl Running {
             if let Some(rest) = line.strip_prefix(start) {
                 return Ok(rest.to_owned());
             }
-            ensure!(!line.starts_with("FAIL"), "the guest failed: {line}");
+            ensure!(!line.starts_with("FAIL"), "the guest failed: {line}; heard {:?}", self.heard);
         }
     }
 

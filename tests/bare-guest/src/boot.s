@@ -92,7 +92,7 @@ load_tables:
     ret
 
 # A service of ring 0, asked for by int3. rax: 1 = cpuid of leaf edi, subleaf esi, result to [rdx];
-# 2 = wait for an interrupt. (Not by syscall: a software KVM runs that handler with ring 3's rights.)
+# 2 = wait for an interrupt; 3 = rdmsr of edi to rax; 4 = wrmsr of rsi to edi. (Not by syscall: a software KVM runs that handler with ring 3's rights.)
 service:
     add rsp, 8
     cmp eax, 1
@@ -108,9 +108,22 @@ service:
     mov [r9 + 12], edx
     pop rbx
     iretq
-2:  sti
+2:  cmp eax, 3
+    jae 3f
+    sti
     hlt
     cli
+    iretq
+3:  mov ecx, edi
+    jne 4f
+    rdmsr
+    shl rdx, 32
+    or rax, rdx
+    iretq
+4:  mov rax, rsi
+    mov rdx, rsi
+    shr rdx, 32
+    wrmsr
     iretq
 
 # Every vector pushes its number. From 0x40 on it is an interrupt: count it, end it.
@@ -207,6 +220,14 @@ trampoline_gdt:
 .code64
 trampoline_end:
 processor64:
+    mov ecx, 0x1b                   # APIC base: in x2APIC mode, tell the id
+    rdmsr
+    test eax, 0x400
+    jz 8f
+    mov ecx, 0x802
+    rdmsr
+    mov [rip + LAST_ID], eax
+8:
     lock inc qword ptr [rip + PROCESSORS]
 9:  hlt
     jmp 9b

@@ -4,7 +4,7 @@
 use core::arch::{asm, global_asm};
 use core::fmt::{self, Write};
 use core::panic::PanicInfo;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 global_asm!(include_str!("boot.s"));
 
@@ -15,6 +15,10 @@ static INTERRUPTS: [AtomicU64; 256] = [const { AtomicU64::new(0) }; 256];
 /// How many application processors reached 64-bit mode.
 #[unsafe(no_mangle)]
 pub static PROCESSORS: AtomicU64 = AtomicU64::new(0);
+
+/// The x2APIC id of the application processor that came last, if it is in that mode.
+#[unsafe(no_mangle)]
+pub static LAST_ID: AtomicU32 = AtomicU32::new(0);
 
 /// How often `vector` fired.
 pub fn interrupts(vector: u8) -> u64 {
@@ -67,12 +71,22 @@ pub fn write16(address: u64, value: u16) {
     unsafe { (address as *mut u16).write_volatile(value) }
 }
 
+pub fn write8(address: u64, value: u8) {
+    unsafe { (address as *mut u8).write_volatile(value) }
+}
+
 pub fn write32(address: u64, value: u32) {
     unsafe { (address as *mut u32).write_volatile(value) }
 }
 
 pub fn write64(address: u64, value: u64) {
     unsafe { (address as *mut u64).write_volatile(value) }
+}
+
+/// Keeps the old interrupt controller from interrupting with the exceptions' numbers.
+pub fn mask_pic() {
+    outb(0x21, 0xff);
+    outb(0xa1, 0xff);
 }
 
 /// The guest's bytes at `address`.
@@ -88,6 +102,23 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
             inout("rdx") result.as_mut_ptr() => _, out("rcx") _, out("r9") _)
     }
     result
+}
+
+/// The value of a model-specific register.
+pub fn rdmsr(register: u32) -> u64 {
+    let value: u64;
+    unsafe {
+        asm!("int3", inout("rax") 3_u64 => value, in("edi") register, out("rcx") _, out("rdx") _)
+    }
+    value
+}
+
+/// Sets a model-specific register.
+pub fn wrmsr(register: u32, value: u64) {
+    unsafe {
+        asm!("int3", inout("rax") 4_u64 => _, in("edi") register, in("rsi") value, out("rcx") _,
+            out("rdx") _)
+    }
 }
 
 /// Halts until an interrupt came.

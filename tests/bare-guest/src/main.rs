@@ -17,6 +17,7 @@ use start_info::StartInfo;
 
 #[unsafe(no_mangle)]
 extern "C" fn guest_main(start_info: u64) -> ! {
+    machine::mask_pic();
     dma::start();
     machine::mask_legacy_interrupts();
     let info = StartInfo::at(start_info);

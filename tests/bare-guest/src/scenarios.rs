@@ -4,6 +4,7 @@ mod blk;
 mod board;
 mod memory;
 mod net;
+mod processors;
 mod storm;
 mod vsock;
 
@@ -25,7 +26,8 @@ pub fn run(name: &str, info: StartInfo, tables: &[Table]) {
         "cpuid" => board::cpuid(),
         "clock" => board::clock(),
         "timer" => board::timer(),
-        "processors" => board::processors(tables),
+        "processors" => processors::all(tables),
+        "cpu-hotplug" => processors::come_and_go(info.number("events"), info.number("refusals")),
         "reset" => acpi::reset(),
         "panic-device" => board::panic_device(),
         "triple-fault" => board::triple_fault(),

@@ -73,7 +73,7 @@ fn more_memory_than_the_host_or_than_a_guest_can_address_is_refused() -> Result<
 
 #[test]
 fn more_processors_than_kvm_allows_are_refused() -> Result<()> {
-    with_guest(&["--cpus", "60000"], VmmExit::Cpus, "--cpus 60000 is more than the ")
+    with_guest(&["--cpus", "60000"], VmmExit::Cpus, "60000 vCPUs are more than the ")
 }
 
 #[test]

@@ -51,14 +51,6 @@ fn the_apic_timer_wakes_a_halted_processor() -> Result<()> {
 }
 
 #[test]
-fn four_processors_start() -> Result<()> {
-    let machine = Machine::bare("processors")?.with(&["--cpus", "4"]);
-    let ended = machine.run()?.passed("processors")?;
-    ensure!(ended.value("processors")? == "4", "{ended:?}");
-    Ok(())
-}
-
-#[test]
 fn a_reset_ends_the_vmm_with_its_own_code_when_asked() -> Result<()> {
     let ended = Machine::bare("reset")?.with(&["--on-reset", "exit"]).run()?;
     ensure!(ended.ended(VmmExit::Reset), "{ended:#?}");

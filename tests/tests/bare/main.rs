@@ -6,6 +6,7 @@ mod blk;
 mod board;
 mod memory;
 mod net;
+mod processors;
 mod restart;
 mod stand_in;
 mod vsock;

@@ -5,6 +5,7 @@ mod container;
 mod devices;
 mod ending;
 mod failure;
+mod hotplug_cpu;
 mod image;
 mod jail;
 mod lifecycle;

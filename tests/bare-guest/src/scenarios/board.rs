@@ -1,9 +1,7 @@
-//! The machine itself: memory map, tables, bus, processors, clock.
-
-use core::sync::atomic::Ordering;
+//! The machine itself: memory map, tables, bus, clock.
 
 use crate::acpi::{self, Table};
-use crate::machine::{self, PROCESSORS, inb, outb, read32, read64, write32, write64};
+use crate::machine::{self, inb, outb, read32, read64, write32, write64};
 use crate::pci::{self, Ports};
 use crate::say;
 use crate::start_info::StartInfo;
@@ -90,33 +88,6 @@ pub fn clock() {
     let (year, month, day) = (field(9), field(8), field(7));
     assert!((1..=12).contains(&month) && (1..=31).contains(&day), "{year}-{month}-{day}");
     say!("clock={:02}-{month:02}-{day:02} {:02}:{:02}", year, field(4), field(2));
-}
-
-/// Every processor in the MADT starts by INIT and SIPI.
-pub fn processors(tables: &[Table]) {
-    unsafe extern "C" {
-        static trampoline_start: u8;
-        static trampoline_end: u8;
-    }
-    let madt = tables.iter().find(|table| &table.signature == b"APIC").expect("a MADT");
-    let (start, end) = (&raw const trampoline_start as u64, &raw const trampoline_end as u64);
-    for (at, byte) in (0x8000_u64..).zip(machine::bytes(start, (end - start) as usize)) {
-        unsafe { (at as *mut u8).write_volatile(*byte) };
-    }
-    let mut started = 0;
-    for id in acpi::processors(madt.address).filter(|id| *id != 0) {
-        let command = |low| {
-            write32(0xfee0_0310, id << 24);
-            write32(0xfee0_0300, low);
-        };
-        command(0x4500);
-        command(0x4608);
-        started += 1;
-        while PROCESSORS.load(Ordering::Acquire) < started {
-            core::hint::spin_loop();
-        }
-    }
-    say!("processors={}", started + 1);
 }
 
 /// The local APIC's timer wakes a halted processor, again and again.
