@@ -6,7 +6,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use nacre_proto::vmm::{self, Command, Event, Outcome, Request, Resource, Status, Told};
+use nacre_proto::vmm::{
+    self, Command, Event, NewDevice, NewDeviceKind, Outcome, Request, Resource, Status, Told,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -202,6 +204,59 @@ impl Control {
     pub fn cpus_declined(&mut self) -> Result<String> {
         self.event(|event| match event {
             Event::Declined { what: Resource::Cpus, reason } => Some(reason.clone()),
+            _ => None,
+        })
+    }
+
+    /// Adds a virtio device whose backend is at the other end of `socket`; gives its address.
+    ///
+    /// # Errors
+    ///
+    /// Fails with the VMM's reason if it refuses.
+    pub fn add(&mut self, id: &str, device_type: u16, socket: &OwnedFd) -> Result<String> {
+        let kind =
+            NewDeviceKind::Virtio { device_type, queues: None, queue_size: None, config: None };
+        let device = NewDevice { id: id.to_owned(), kind };
+        match self.ask(Command::AddDevice { device }, Some(socket))? {
+            Outcome::Added { address } => Ok(address),
+            Outcome::Refused(reason) => bail!("{reason}"),
+            other => bail!("not what was asked for: {other:?}"),
+        }
+    }
+
+    /// Has the guest asked for a device.
+    ///
+    /// # Errors
+    ///
+    /// Fails with the VMM's reason if it refuses.
+    pub fn remove(&mut self, id: &str) -> Result<()> {
+        match self.ask(Command::RemoveDevice { device: id.to_owned() }, None)? {
+            Outcome::Done => Ok(()),
+            Outcome::Refused(reason) => bail!("{reason}"),
+            other => bail!("not what was asked for: {other:?}"),
+        }
+    }
+
+    /// Waits until the device is gone.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not go.
+    pub fn removed(&mut self, id: &str) -> Result<()> {
+        self.event(|event| match event {
+            Event::DeviceRemoved { device } if device == id => Some(()),
+            _ => None,
+        })
+    }
+
+    /// Why the guest keeps the device, once it says so.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not.
+    pub fn kept(&mut self, id: &str) -> Result<String> {
+        self.event(|event| match event {
+            Event::DeviceKept { device, reason } if device == id => Some(reason.clone()),
             _ => None,
         })
     }

@@ -2,6 +2,7 @@
 
 mod blk;
 mod board;
+mod hotplug;
 mod memory;
 mod net;
 mod processors;
@@ -38,6 +39,7 @@ pub fn run(name: &str, info: StartInfo, tables: &[Table]) {
         "blk-reboot-later" => blk::reboot(wait_for_input),
         "blk-storm" => storm::run(info.number("requests")),
         "memory-hotplug" => memory::run(),
+        "hotplug-disks" => hotplug::disks(info.number("rounds").into()),
         "net" => net::echo(),
         "vsock" => vsock::echo(),
         "blk-until-it-fails" => load::blk::until_it_fails(),

@@ -4,6 +4,7 @@
 mod bad_input;
 mod blk;
 mod board;
+mod hotplug_pci;
 mod memory;
 mod net;
 mod processors;
