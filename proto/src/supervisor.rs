@@ -139,8 +139,6 @@ pub struct Device {
     pub program: String,
     /// How many processes came after the first one and served.
     pub restarts: u64,
-    /// Whether the device outlives its process.
-    pub restartable: bool,
     /// Where it is on the guest's PCI bus, if the VMM tells.
     pub address: Option<String>,
     /// Whether the guest was asked to let go of it.
@@ -210,14 +208,13 @@ mod tests {
             pid: 7,
             program: "/nacre-blk".to_owned(),
             restarts: 2,
-            restartable: true,
             address: Some("0000:00:05.0".to_owned()),
             leaving: false,
         };
         let now = Resources { cpus: 2, max_cpus: 4, memory_bytes: 5, max_memory_bytes: 6 };
         let list = concat!(
             r#"{"devices":[{"id":"disk-0","kind":"blk","state":"serving","pid":7,"#,
-            r#""program":"/nacre-blk","restarts":2,"restartable":true,"#,
+            r#""program":"/nacre-blk","restarts":2,"#,
             r#""address":"0000:00:05.0","leaving":false}]}"#
         );
         let partly = concat!(

@@ -44,9 +44,6 @@ pub enum ReplaceError {
     /// One such request at a time.
     #[error("its process is being replaced already")]
     Busy,
-    /// This kind can't do it.
-    #[error("a device of this kind can't get another process yet")]
-    NotRestartable,
     /// The program can't be one.
     #[error("{}: {why}", path.display())]
     Program {
@@ -93,8 +90,6 @@ impl Order {
 pub struct DeviceHandle {
     /// What it is.
     pub device: DevicePlan,
-    /// Whether its process can be replaced.
-    pub is_restartable: bool,
     view: watch::Receiver<View>,
     orders: mpsc::Sender<Order>,
     // Locked while a request is under way, which may outlast who made it.
@@ -111,16 +106,11 @@ pub(crate) struct Desk {
 
 impl DeviceHandle {
     /// A handle and its keeper's side. `changed` is told when there is another process.
-    pub(crate) fn new(
-        device: DevicePlan,
-        is_restartable: bool,
-        view: View,
-        changed: Arc<Notify>,
-    ) -> (Self, Desk) {
+    pub(crate) fn new(device: DevicePlan, view: View, changed: Arc<Notify>) -> (Self, Desk) {
         let (view_sender, view) = watch::channel(view);
         let (orders, receiver) = mpsc::channel(1);
         let turn = Arc::new(Mutex::new(()));
-        let handle = Self { device, is_restartable, view, orders, turn };
+        let handle = Self { device, view, orders, turn };
         (handle, Desk { orders: receiver, view: view_sender, changed })
     }
 
@@ -155,9 +145,6 @@ impl DeviceHandle {
     ///
     /// Fails as [`ReplaceError`] says; dropped, it goes on.
     pub async fn replace(&self, program: Option<PathBuf>) -> Result<Duration, ReplaceError> {
-        if !self.is_restartable {
-            return Err(ReplaceError::NotRestartable);
-        }
         if let Some(path) = &program {
             check_program(path).map_err(|why| ReplaceError::Program { path: path.clone(), why })?;
         }

@@ -9,17 +9,6 @@ const FS_TAG_BYTES: usize = 36;
 const MIB: u64 = 1 << 20;
 
 impl DevicePlan {
-    /// Whether a new process can go on where a killed one stopped. The sandbox ends with a process
-    /// that can't be replaced.
-    #[must_use]
-    pub fn is_restartable(&self) -> bool {
-        match self {
-            Self::Disk { .. } | Self::Network { .. } | Self::Vsock { .. } | Self::Share { .. } => {
-                true
-            }
-        }
-    }
-
     /// Whether a stand-in can fail its requests in its place, so that the guest gets errors instead
     /// of waiting for ever.
     #[must_use]

@@ -170,9 +170,9 @@ impl Devices {
             program: blueprint.program(),
             restarts: 0,
         };
-        let (id, is_restartable) = (device.id().to_owned(), device.is_restartable());
+        let id = device.id().to_owned();
         let changed = Arc::clone(&self.changed);
-        let (handle, desk) = DeviceHandle::new(device, is_restartable, view, changed);
+        let (handle, desk) = DeviceHandle::new(device, view, changed);
         self.roster.add(handle);
         let keeper = Keeper::new(blueprint, estate, link.clone(), desk);
         self.keepers.push(Box::pin(async move { (id, keeper.keep(process).await) }));

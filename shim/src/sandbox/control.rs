@@ -207,7 +207,6 @@ fn describe(handle: &DeviceHandle, told: Option<&Status>) -> Device {
         pid: view.process.pid,
         program: view.program.display().to_string(),
         restarts: view.restarts,
-        restartable: handle.is_restartable,
         address: address.map(|address| address.to_string()),
         leaving: told.is_some_and(|told| told.leaving),
     }

@@ -20,12 +20,10 @@ fn open(folder: &tempfile::TempDir) -> (ControlSocket, PathBuf, backends::Desk) 
         restarts: 3,
     };
     let changed = Arc::new(Notify::new());
-    let handle = |device, is_restartable| {
-        DeviceHandle::new(device, is_restartable, view.clone(), Arc::clone(&changed))
-    };
+    let handle = |device| DeviceHandle::new(device, view.clone(), Arc::clone(&changed));
     let (serial, image) = ("disk-0".to_owned(), "/disk.img".into());
-    let (disk, desk) = handle(DevicePlan::Disk { serial, path: image, read_only: false }, true);
-    let (vsock, _) = handle(DevicePlan::Vsock { cid: 3 }, false);
+    let (disk, desk) = handle(DevicePlan::Disk { serial, path: image, read_only: false });
+    let (vsock, _) = handle(DevicePlan::Vsock { cid: 3 });
     let roster = Roster::default();
     roster.add(vsock);
     roster.add(disk);
@@ -78,7 +76,7 @@ async fn what_makes_no_sense_is_refused_with_its_reason() {
     let (_socket, path, _desk) = open(&folder);
     for (device, program, why) in [
         ("disk-9", None, "there is no device `disk-9`"),
-        ("vsock", None, "a device of this kind can't get another process yet"),
+        ("vsock", None, "the sandbox is coming to its end"),
         ("disk-0", Some("/no/program"), "/no/program: no such program"),
         ("disk-0", Some("relative"), "relative: not an absolute path"),
     ] {

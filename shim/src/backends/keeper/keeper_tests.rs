@@ -49,7 +49,7 @@ async fn ground(failures: u32) -> Ground {
         restarts: 0,
     };
     let changed = Arc::new(Notify::new());
-    let (handle, desk) = DeviceHandle::new(device, true, view, changed);
+    let (handle, desk) = DeviceHandle::new(device, view, changed);
     ready(&process.child, &mut process.ready, LIMIT).await.unwrap();
     let mut keeper = Keeper::new(blueprint, estate, link, desk);
     for _ in 0..failures {

@@ -208,9 +208,6 @@ impl Keeper {
     /// Starts processes until one serves.
     async fn revive(&mut self, death: Death) -> Result<Option<Process>, BackendError> {
         let Death { error, noticed, mut served } = death;
-        if !self.blueprint.device.is_restartable() {
-            return self.give_up(error).await;
-        }
         if is_farewell(&error) && self.vmm_has_gone().await {
             return Ok(None);
         }
@@ -254,11 +251,6 @@ impl Keeper {
         }
         let (name, failures) = (self.blueprint.name.clone(), self.patience.failures());
         Err(BackendError::GivenUp { name, failures, source: Box::new(last) })
-    }
-
-    /// A process that can't be replaced ended: as such, or because the VMM did.
-    async fn give_up(&mut self, error: BackendError) -> Result<Option<Process>, BackendError> {
-        if is_farewell(&error) && self.vmm_has_gone().await { Ok(None) } else { Err(error) }
     }
 
     /// Whether a process that ended in order did so because the VMM is gone.

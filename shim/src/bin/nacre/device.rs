@@ -125,7 +125,6 @@ fn object(device: &supervisor::Device) -> Value {
         "state": state(device),
         "pid": device.pid,
         "restarts": device.restarts,
-        "restartable": device.restartable,
         "program": device.program,
         "address": device.address,
         "leaving": device.leaving,
