@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::{
+    backends::patience::Enough,
     child::{ChildError, End},
     vmm::VmmError,
 };
@@ -59,12 +60,12 @@ pub enum BackendError {
         source: VmmError,
     },
     /// It ended or was ended, again and again.
-    #[error("{name} is given up after {failures} failures in a row")]
+    #[error("{name} is given up after {enough}")]
     GivenUp {
         /// Which.
         name: String,
-        /// How many.
-        failures: u32,
+        /// How often.
+        enough: Enough,
         /// The last one.
         source: Box<Self>,
     },

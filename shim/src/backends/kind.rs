@@ -1,6 +1,6 @@
 //! What differs between the kinds of devices, as seen by whoever starts their processes.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use crate::{network::Network, paths::SandboxFiles, plan::DevicePlan};
 
@@ -25,6 +25,18 @@ impl DevicePlan {
             // A thousand connections, each with its buffer.
             Self::Vsock { .. } => 512 * MIB,
             Self::Disk { .. } | Self::Network { .. } => MIB,
+        }
+    }
+
+    /// How long a process may take until it is ready, when its predecessor crashed: `nacre-blk` waits
+    /// until what that one had handed to the kernel has ended, no other one waits for anything.
+    #[must_use]
+    pub fn successor_within(&self) -> Duration {
+        match self {
+            Self::Disk { .. } => Duration::from_secs(150),
+            Self::Vsock { .. } | Self::Share { .. } | Self::Network { .. } => {
+                Duration::from_secs(20)
+            }
         }
     }
 

@@ -21,6 +21,7 @@ pub use error::{BackendError, StoreFault};
 #[cfg(test)]
 pub(crate) use handle::Desk;
 pub use handle::{Condition, DeviceHandle, ReplaceError, View};
+pub use patience::Enough;
 pub use process::Surroundings;
 pub use roster::Roster;
 

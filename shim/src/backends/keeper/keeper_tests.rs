@@ -53,7 +53,7 @@ async fn ground(failures: u32) -> Ground {
     ready(&process.child, &mut process.ready, LIMIT).await.unwrap();
     let mut keeper = Keeper::new(blueprint, estate, link, desk);
     for _ in 0..failures {
-        keeper.patience.on_end(Duration::ZERO, Cause::Own);
+        keeper.patience.on_end(Instant::now(), Duration::ZERO, Cause::Own).unwrap();
     }
     let kept = tokio::spawn(keeper.keep(process));
     let _listening = tokio::spawn(listener.listen());

@@ -43,7 +43,7 @@ use crate::{
     error_chain,
     vmm::{DeviceNews, Link},
 };
-use succession::{LATER, SOON};
+use succession::SOON;
 
 /// How long a process that was asked to end may take, before it is made to.
 const GRACE: Duration = Duration::from_secs(10);
@@ -213,10 +213,15 @@ impl Keeper {
         }
         let story = error.to_string();
         let mut last = error;
-        while let Some(pause) = self.patience.on_end(served, cause(&last)) {
+        let limit = self.blueprint.device.successor_within();
+        let enough = loop {
+            let pause = match self.patience.on_end(Instant::now(), served, cause(&last)) {
+                Ok(pause) => pause,
+                Err(enough) => break enough,
+            };
             let attempt = match self.pause(pause).await {
                 Woken::Over => Err(Failed::Over),
-                Woken::ByTime => self.attempt(&self.program.clone(), LATER).await,
+                Woken::ByTime => self.attempt(&self.program.clone(), limit).await,
                 Woken::ByOrder(order) => self.obey(order, noticed).await,
             };
             match attempt {
@@ -238,7 +243,7 @@ impl Keeper {
                     served = Duration::ZERO;
                 }
             }
-        }
+        };
         if self.blueprint.device.has_stand_in() && is_about_resource(&last) {
             match self.attempt_stand_in().await {
                 Ok(process) => {
@@ -249,8 +254,8 @@ impl Keeper {
                 Err(Failed::Backend(error)) => log::warn!("no stand-in: {}", error_chain(&error)),
             }
         }
-        let (name, failures) = (self.blueprint.name.clone(), self.patience.failures());
-        Err(BackendError::GivenUp { name, failures, source: Box::new(last) })
+        let name = self.blueprint.name.clone();
+        Err(BackendError::GivenUp { name, enough, source: Box::new(last) })
     }
 
     /// Whether a process that ended in order did so because the VMM is gone.

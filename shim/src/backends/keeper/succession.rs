@@ -24,9 +24,6 @@ use crate::{
 
 /// How long a successor may take until it is ready, if its predecessor was let go of in order.
 pub(super) const SOON: Duration = Duration::from_secs(20);
-/// How long it may take after a crash: longer than `nacre-blk` waits until what its predecessor had
-/// handed to the kernel has ended.
-pub(super) const LATER: Duration = Duration::from_secs(150);
 /// How long the VMM may take to tell a successor all that it has to know.
 const TAKEN_WITHIN: Duration = Duration::from_secs(60);
 /// How long a device may take to end what is in flight.
@@ -75,7 +72,7 @@ impl Keeper {
 
     /// Starts what fails the device's requests, and has the VMM take it.
     pub(super) async fn attempt_stand_in(&mut self) -> Result<Process, Failed> {
-        let process = self.start(&self.program.clone(), Role::StandIn, LATER).await?;
+        let process = self.start(&self.program.clone(), Role::StandIn, SOON).await?;
         self.desk.fails();
         Ok(process)
     }
