@@ -27,8 +27,6 @@ use crate::{
     log_file::printable,
 };
 
-/// How long one attempt to reach the agent may take.
-const ATTEMPT: Duration = Duration::from_secs(10);
 /// How much longer an answer may take than the work that it is about.
 const ANSWER: Duration = Duration::from_secs(10);
 /// How long the agent may take to give a container a device, or to take it away.
@@ -105,13 +103,18 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Connects once and agrees on the protocol. Later calls may take `limit` each.
+    /// Connects once, which may take as long as `attempt`, and agrees on the protocol. Calls may take
+    /// `limit` each.
     ///
     /// # Errors
     ///
     /// Fails if the agent does not answer, or speaks another protocol.
-    pub async fn connect(vsock: &Path, limit: Duration) -> Result<Self, AgentError> {
-        let stream = timeout(ATTEMPT.min(limit), hybrid_vsock::connect(vsock, AGENT_PORT))
+    pub async fn connect(
+        vsock: &Path,
+        attempt: Duration,
+        limit: Duration,
+    ) -> Result<Self, AgentError> {
+        let stream = timeout(attempt, hybrid_vsock::connect(vsock, AGENT_PORT))
             .await
             .map_err(|_elapsed| AgentError::Mute)??;
         let client = AgentClient::new(Client::new(Socket::new(stream)));

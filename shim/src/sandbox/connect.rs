@@ -20,6 +20,8 @@ use crate::{
     },
 };
 
+/// How long one attempt to reach the agent of a guest that boots may take.
+const ATTEMPT: Duration = Duration::from_secs(10);
 /// The pause between two attempts to reach the agent.
 const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(20);
 /// How many times the agent's time-out the guest may take although it makes progress.
@@ -105,7 +107,7 @@ async fn attempts(
     let begun = Instant::now();
     let mut last_progress = begun;
     loop {
-        let silent = match Agent::connect(vsock, limit).await {
+        let silent = match Agent::connect(vsock, ATTEMPT.min(limit), limit).await {
             Ok(agent) => return Ok(agent),
             Err(error @ AgentError::Version(_)) => return Err(NoAgent::Other(error)),
             Err(error) => {

@@ -59,7 +59,8 @@ pub async fn stop(
     let failed = |source| StopError::Supervisor { name: name.clone(), source };
     let supervisor = sys::watch_readable(pidfd).map_err(failed)?;
     let process = ProcessId { container: name.to_string(), exec: String::new() };
-    let agent = timeout(TELL_WITHIN, Agent::connect(&files.vsock(), TELL_WITHIN)).await;
+    let agent =
+        timeout(TELL_WITHIN, Agent::connect(&files.vsock(), TELL_WITHIN, TELL_WITHIN)).await;
     if let Ok(Ok(agent)) = agent {
         for (signal, patience) in [(libc::SIGTERM, grace), (libc::SIGKILL, STEP)] {
             let all = signal == libc::SIGKILL;

@@ -45,7 +45,9 @@ pub(crate) fn exec(args: &Exec) -> Result<u8, Failure> {
             ..ProcessConfig::default()
         };
         prepare::apply(&args.process, &mut config);
-        let agent = Agent::connect(&files.vsock(), CALL).await.map_err(|e| of_agent(&e))?;
+        // A connection may have to wait for the next process of the vsock device.
+        let agent = Agent::connect(&files.vsock(), CALL, CALL).await;
+        let agent = agent.map_err(|error| of_agent(&error))?;
         let process = ProcessId { container: args.name.to_string(), exec: exec_id()? };
         let local_terminal = if config.terminal { terminal::of_stdin() } else { None };
         let mut requests = signals::listen(local_terminal.is_some())
