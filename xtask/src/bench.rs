@@ -79,9 +79,7 @@ impl RestartArguments {
         machine::need(&[machine::BUILD_PACKAGES, machine::TEST_PACKAGES].concat())?;
         let programs = Programs::build()?;
         build_bare_guest(root)?;
-        let built = cargo(root)
-            .args(["build", "--quiet", "--locked", "--package", "nacre-tests", "--bin", RESTART])
-            .status();
+        let built = cargo(root).args(["build", "--quiet", "--locked", "--bin", RESTART]).status();
         ensure!(built.context("cargo")?.success(), "{RESTART} does not build");
         let program = programs.folder.join(RESTART);
         let class = probe();

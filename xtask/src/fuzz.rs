@@ -5,6 +5,7 @@
 //! for it. What fails is shrunk, printed, and kept beside its source as `proptest-regressions`, from
 //! where every later run of the tests tries it first.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -123,11 +124,13 @@ impl FuzzArguments {
     /// A target is unknown, does not build, or is no test any more.
     pub fn run(&self) -> Result<bool> {
         let mut clean = true;
-        for target in self.chosen()? {
-            let (name, package, test) = target;
-            let program = build(package)?;
+        let chosen = self.chosen()?;
+        let programs = build()?;
+        for (name, package, test) in chosen {
+            let program = programs.get(&package.replace('-', "_"));
+            let program = program.with_context(|| format!("cargo built no tests of {package}"))?;
             let start = Instant::now();
-            let outcome = run(&program, test, Duration::from_secs(self.seconds))
+            let outcome = run(program, test, Duration::from_secs(self.seconds))
                 .with_context(|| format!("target {name}: {test}"))?;
             let (cases, seconds) = (outcome.cases, start.elapsed().as_secs_f64());
             match outcome.failure {
@@ -158,28 +161,32 @@ impl FuzzArguments {
     }
 }
 
-/// Builds the unit tests of a package's library; gives their program and the package's folder.
-fn build(package: &str) -> Result<(PathBuf, PathBuf)> {
+/// A test program, and the folder of its package.
+type Program = (PathBuf, PathBuf);
+
+/// Builds the unit tests of all libraries, as the tests' first layer does; gives their programs by
+/// the libraries' names.
+fn build() -> Result<BTreeMap<String, Program>> {
     let mut command = cargo(workspace()?);
-    command.args(["test", "--quiet", "--locked", "--package", package, "--lib", "--no-run"]);
+    command.args(["test", "--quiet", "--locked", "--workspace", "--lib", "--no-run"]);
     command.args(["--message-format", "json-render-diagnostics"]).stderr(Stdio::inherit());
     let output = command.output().context("cannot start cargo")?;
-    ensure!(output.status.success(), "the tests of {package} do not build");
+    ensure!(output.status.success(), "the tests do not build");
     let text = String::from_utf8(output.stdout)?;
     let built = text
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())
         .filter(|message| message["profile"]["test"] == true)
-        .find_map(|message| {
+        .filter_map(|message| {
             let program = PathBuf::from(message["executable"].as_str()?);
             let folder = Path::new(message["manifest_path"].as_str()?).parent()?.to_owned();
-            Some((program, folder))
+            Some((message["target"]["name"].as_str()?.to_owned(), (program, folder)))
         });
-    built.with_context(|| format!("cargo built no tests of {package}"))
+    Ok(built.collect())
 }
 
 /// Runs the test again and again, each time with other inputs.
-fn run((program, folder): &(PathBuf, PathBuf), test: &str, time: Duration) -> Result<Outcome> {
+fn run((program, folder): &Program, test: &str, time: Duration) -> Result<Outcome> {
     let end = Instant::now() + time;
     let (mut next, mut cases) = (FIRST_CASES, 0);
     loop {

@@ -8,8 +8,8 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const HOST_PACKAGES: &[&str] =
-    &["core-vmm", "backend-blk", "backend-net", "backend-fs", "backend-vsock", "shim"];
+const HOST_PROGRAMS: &[&str] =
+    &["nacre-vmm", "nacre-blk", "nacre-net", "nacre-fs", "nacre-vsock", "nacre"];
 const AGENT_PACKAGE: &str = "nacre-agent";
 const AGENT_TARGET: &str = "x86_64-unknown-linux-musl";
 
@@ -34,8 +34,10 @@ impl Programs {
         let profile = folder.file_name().context("no profile folder")?;
         let target = folder.parent().context("no target folder")?;
         let agent = target.join(AGENT_TARGET).join(profile).join(AGENT_PACKAGE);
-        let packages = HOST_PACKAGES.iter().flat_map(|name| ["--package", name]);
-        cargo_build(&packages.collect::<Vec<_>>(), folder.join("nacre").exists())?;
+        // Not by their packages: a dependency's features follow from what is chosen, and would be
+        // others, and it be built once more, than where the whole workspace is.
+        let programs = HOST_PROGRAMS.iter().flat_map(|name| ["--bin", name]);
+        cargo_build(&programs.collect::<Vec<_>>(), folder.join("nacre").exists())?;
         let arguments = ["--package", AGENT_PACKAGE, "--target", AGENT_TARGET];
         cargo_build(&arguments, agent.exists())?;
         Ok(Self { folder, agent })

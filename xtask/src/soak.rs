@@ -46,7 +46,7 @@ impl SoakArguments {
         let cache = Cache::open()?;
         let programs = Programs::build()?;
         let mut build = cargo(workspace()?);
-        build.args(["build", "--quiet", "--locked", "--package", "nacre-tests", "--bin", "soak"]);
+        build.args(["build", "--quiet", "--locked", "--bin", "soak"]);
         ensure!(build.status().context("cannot start cargo")?.success(), "soak does not build");
         let seed = self.seed.map_or_else(new_seed, Ok)?;
         say(&format!("soak: {} minutes, seed {seed}", self.minutes));
