@@ -2,7 +2,7 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -69,14 +69,23 @@ impl Control {
     ///
     /// Fails if the VMM hangs up, or does not answer.
     pub fn ask(&mut self, command: Command, beside: Option<&OwnedFd>) -> Result<Outcome> {
+        let beside: Vec<_> = beside.iter().map(|fd| fd.as_fd()).collect();
+        self.ask_with(command, &beside)
+    }
+
+    /// Sends a command with any number of descriptors, as [`Control::ask`] does with one.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the VMM hangs up, or does not answer.
+    pub fn ask_with(&mut self, command: Command, beside: &[BorrowedFd<'_>]) -> Result<Outcome> {
         let id = self.next;
         self.next += 1;
         let datagram = vmm::encode(&Request { id, command })?;
-        let fds: Vec<_> = beside.iter().map(|fd| fd.as_fd()).collect();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
         let mut rights = SendAncillaryBuffer::new(&mut space);
-        if !fds.is_empty() {
-            rights.push(SendAncillaryMessage::ScmRights(&fds));
+        if !beside.is_empty() {
+            rights.push(SendAncillaryMessage::ScmRights(beside));
         }
         sendmsg(&self.socket, &[IoSlice::new(&datagram)], &mut rights, SendFlags::NOSIGNAL)?;
         let deadline = Instant::now() + PATIENCE;
