@@ -74,6 +74,8 @@ pub enum Command {
     /// Have the guest give a device up. [`Outcome::Done`] once it was told; the device works until
     /// the guest has ejected it ([`Event::DeviceRemoved`]) or says that it will not
     /// ([`Event::DeviceKept`]). A reset of the guest ends the wait: the device is gone then.
+    /// For a device that is lost it also says, as [`Command::Reconnect`] does, that what served it, and
+    /// what that had asked the kernel for, has ended.
     RemoveDevice {
         /// The device's id.
         device: String,
