@@ -198,6 +198,12 @@ pub fn vcpu_filter(passthrough: bool) -> Result<BpfProgram, SeccompError> {
     compile(&calls, &[F_GETFD], &ioctls, Vec::new())
 }
 
+/// A pair of sockets for a backend's channel: it is connected with nothing but itself.
+fn local_pairs() -> Result<(c_long, Vec<SeccompRule>), BackendError> {
+    let local = u64::from(libc::AF_UNIX.unsigned_abs());
+    Ok((libc::SYS_socketpair, vec![argument_is(0, local)?]))
+}
+
 /// The control thread's filter.
 ///
 /// # Errors
@@ -220,6 +226,7 @@ pub fn control_filter() -> Result<BpfProgram, SeccompError> {
     ];
     let mut more = own_threads()?;
     more.push(memory_files()?);
+    more.push(local_pairs()?);
     compile(&[&EVERY_THREAD, &CONTROL_THREAD], &fcntls, &ioctls, more)
 }
 

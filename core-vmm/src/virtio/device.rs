@@ -104,7 +104,8 @@ impl VirtioDevice {
         let function = Arc::new(function(kept, &wake, config_event, services)?);
         let ready = epoll::create(epoll::CreateFlags::CLOEXEC)
             .map_err(|errno| host("make an epoll instance")(errno.into()))?;
-        for fd in [descriptor(&wake), descriptor(&kept.error_event), backend.as_fd()] {
+        let fds = [descriptor(&wake), descriptor(&kept.error_event), backend.as_fd()];
+        for fd in fds.into_iter().chain(backend.channel()) {
             watch(&ready, fd)?;
         }
         let backend = Some(Backend::Negotiated(backend));
@@ -172,6 +173,7 @@ impl VirtioDevice {
         // Written by vCPUs alone, and non-blocking; whether it held anything does not matter.
         drop(self.wake.read());
         self.look_after_backend();
+        self.hear_backend(deadline);
         let work = self.function.take_work();
         self.write_config(&work.config_writes, deadline);
         match work.request {
@@ -298,6 +300,23 @@ impl VirtioDevice {
         }
     }
 
+    /// Tells the guest of a configuration that the backend says is another one.
+    fn hear_backend(&mut self, deadline: Deadline) {
+        let heard = match &mut self.backend {
+            Some(Backend::Negotiated(backend)) => backend.hear(deadline),
+            Some(Backend::Running(backend)) => backend.hear(deadline),
+            Some(Backend::Absent(_)) | None => return,
+        };
+        match (heard, &self.backend) {
+            (Ok(true), Some(backend)) => {
+                log::info!("{}: its configuration may have changed", self.name);
+                self.function.set_config(backend.kept().configuration.bytes());
+            }
+            (Ok(_), _) => {}
+            (Err(error), _) => self.give_up(error),
+        }
+    }
+
     fn give_up(&mut self, error: FrontendError) {
         match self.backend.take() {
             Some(Backend::Negotiated(backend)) => self.lose(backend.give_up(error)),
@@ -319,10 +338,13 @@ impl VirtioDevice {
     }
 
     fn watch_backend(&self) -> Result<(), DeviceError> {
-        match &self.backend {
-            Some(Backend::Negotiated(backend)) => watch(&self.ready, backend.as_fd())?,
-            Some(Backend::Running(backend)) => watch(&self.ready, backend.as_fd())?,
+        let (socket, channel) = match &self.backend {
+            Some(Backend::Negotiated(backend)) => (backend.as_fd(), backend.channel()),
+            Some(Backend::Running(backend)) => (backend.as_fd(), backend.channel()),
             Some(Backend::Absent(_)) | None => return Ok(()),
+        };
+        for fd in [socket].into_iter().chain(channel) {
+            watch(&self.ready, fd)?;
         }
         self.watch_error_event()
     }

@@ -15,6 +15,8 @@ use crate::{NEEDS_RESET, negotiate};
 const BLOCK: DeviceKind = DeviceKind(2);
 const SECTOR_BYTES: usize = 512;
 const SECTORS: u64 = 64;
+/// The one behind its one queue's.
+const CONFIG_VECTOR: u16 = 1;
 
 const READ: u32 = 0;
 const WRITE: u32 = 1;
@@ -118,6 +120,32 @@ fn a_disk_of_ours_is_used_reset_killed_and_replaced() {
 }
 
 /// A backend dies after each message of the replay in turn, and a good one comes after it.
+#[test]
+fn a_driver_hears_of_a_disk_that_grew_from_each_of_its_backends() {
+    let Some(mut program) = nacre_blk() else { return };
+    let backend = negotiate(DeviceConfig::new("disk", BLOCK), &program.socket).unwrap();
+    let mut guest = Guest::new(backend);
+    guest.bring_up();
+    guest.write(0x10, 2, CONFIG_VECTOR.into());
+    let mut sectors = SECTORS;
+    for _backend in 0..3 {
+        let generation = guest.read(0x15, 1);
+        sectors *= 2;
+        program.resize(sectors * SECTOR_BYTES as u64);
+        guest.run_until("the driver hears of it", |guest| guest.take_interrupt(CONFIG_VECTOR));
+        assert_eq!(guest.read(0x2000, 8), sectors);
+        assert_ne!(guest.read(0x15, 1), generation);
+        request(&mut guest, WRITE, sectors - 1, &[7; SECTOR_BYTES]);
+        assert_eq!(request(&mut guest, READ, sectors - 1, &[]), [7; SECTOR_BYTES]);
+        program.kill();
+        guest.run_until("it is noticed", |guest| !guest.device.is_alive());
+        assert!(guest.is_quiet(), "the channel is gone too");
+        program.restart();
+        guest.reconnect(&program.socket).unwrap();
+        assert!(!guest.take_interrupt(CONFIG_VECTOR), "nothing is new");
+    }
+}
+
 #[test]
 fn a_disk_that_dies_at_any_message_of_its_start_loses_nothing() {
     let Some(mut program) = nacre_blk() else { return };

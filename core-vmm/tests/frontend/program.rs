@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 /// A backend, killed at the end.
@@ -60,6 +61,13 @@ impl Program {
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    /// Makes what it serves as long as this, and tells it to look.
+    pub(crate) fn resize(&self, len_bytes: u64) {
+        let served = self.folder.path().join("served");
+        fs::File::options().write(true).open(served).unwrap().set_len(len_bytes).unwrap();
+        kill_process(Pid::from_child(&self.child), Signal::HUP).unwrap();
     }
 
     /// Starts it again, with the same arguments and a new connection. It has ended before.

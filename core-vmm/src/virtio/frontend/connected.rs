@@ -45,6 +45,7 @@ fn wanted() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::BACKEND_REQ
 }
 
 impl Connected {
@@ -87,6 +88,7 @@ impl Connected {
         }
         let queues = self.queue_count(offer.queues)?;
         let mut kept = Kept::new(self.config, &offer, queues, self.watchdog)?;
+        open_channel(&mut self.link, &kept, deadline)?;
         if let Some(config) = read_config(&mut self.link, &kept, deadline)? {
             kept.configuration = Configuration::new(config);
         }
@@ -129,6 +131,17 @@ impl Offer {
         }
         Ok(offer)
     }
+}
+
+/// Lets the backend say when its configuration is another one. Before it is read, so that no change is
+/// missed.
+pub(super) fn open_channel(
+    link: &mut Link,
+    kept: &Kept,
+    deadline: Deadline,
+) -> Result<(), FrontendError> {
+    let needed = VhostUserProtocolFeatures::BACKEND_REQ | VhostUserProtocolFeatures::CONFIG;
+    if kept.has(needed) { link.open_channel(deadline) } else { Ok(()) }
 }
 
 /// The configuration as the backend has it, if it has one that can be asked for.

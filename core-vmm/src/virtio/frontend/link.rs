@@ -5,8 +5,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vhost::vhost_user::Frontend;
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
+use super::channel::{Channel, ChannelError, Heard};
 use crate::virtio::watchdog::{Deadline, Watchdog};
 
 /// Why a device has no backend (any more).
@@ -43,6 +44,9 @@ pub enum FrontendError {
     /// The backend sent a message that nobody asked for.
     #[error("the backend sent a message unasked")]
     Unasked,
+    /// The backend says what it may not, or too much of it.
+    #[error("the backend misused its channel")]
+    Channel(#[from] ChannelError),
     /// The backend signalled an error on a ring.
     #[error("the backend reported an error on a ring")]
     Ring,
@@ -99,6 +103,8 @@ pub(super) struct Link {
     frontend: Frontend,
     /// The same connection, for looking at it and for cutting it off.
     socket: UnixStream,
+    /// Where the backend says what it was not asked, until it closes it.
+    channel: Option<Box<Channel>>,
     watchdog: Watchdog,
 }
 
@@ -113,7 +119,7 @@ impl Link {
         socket.set_nonblocking(false).map_err(host("make a backend's socket wait"))?;
         let own = socket.try_clone().map_err(host("duplicate a backend's socket"))?;
         let frontend = Frontend::from_stream(socket, max_queues.into());
-        Ok(Self { frontend, socket: own, watchdog: watchdog.clone() })
+        Ok(Self { frontend, socket: own, channel: None, watchdog: watchdog.clone() })
     }
 
     /// Talks with the backend to make it do `step`, until `deadline`.
@@ -131,6 +137,33 @@ impl Link {
             return Err(FrontendError::Hung { step, limit_ms: deadline.limit_ms() });
         }
         result.map_err(|source| FrontendError::Conversation { step, source })
+    }
+
+    /// Gives the backend a channel, for which it knows the message.
+    pub(super) fn open_channel(&mut self, deadline: Deadline) -> Result<(), FrontendError> {
+        let host = |source| FrontendError::Host { what: "make a backend's channel", source };
+        let (channel, theirs) = Channel::new().map_err(host)?;
+        self.converse("take its channel", deadline, |frontend| {
+            frontend.set_backend_request_fd(&theirs)
+        })?;
+        self.channel = Some(Box::new(channel));
+        Ok(())
+    }
+
+    /// The backend's channel, if it has one.
+    pub(super) fn channel(&self) -> Option<BorrowedFd<'_>> {
+        self.channel.as_deref().map(AsFd::as_fd)
+    }
+
+    /// What the backend has said unasked.
+    pub(super) fn hear(&mut self) -> Result<Heard, ChannelError> {
+        let Some(channel) = &mut self.channel else { return Ok(Heard::default()) };
+        let heard = channel.hear()?;
+        if heard.closed {
+            // Nobody else has our end: it is not watched any more either.
+            self.channel = None;
+        }
+        Ok(heard)
     }
 
     pub(super) fn state(&self) -> LinkState {

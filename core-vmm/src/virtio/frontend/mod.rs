@@ -23,6 +23,7 @@
 //! A backend is not trusted: what it says is checked here, once.
 
 mod base;
+mod channel;
 mod configuration;
 mod connected;
 mod follow;
@@ -41,6 +42,7 @@ use super::device_kind::DeviceKind;
 use super::watchdog::Watchdog;
 
 pub use base::{Base, BaseUnknown};
+pub use channel::ChannelError;
 pub use configuration::{ConfigDiffers, Configuration};
 pub use connected::Connected;
 pub use inflight::InflightRegion;

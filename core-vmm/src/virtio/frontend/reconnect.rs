@@ -15,7 +15,7 @@ use vm_memory::{GuestMemory, GuestMemoryMmap};
 
 use super::base::{self, BaseUnknown};
 use super::configuration::ConfigDiffers;
-use super::connected::{Offer, read_config};
+use super::connected::{Offer, open_channel, read_config};
 use super::kept::Kept;
 use super::link::{FrontendError, Link};
 use super::memory::QueueOutside;
@@ -218,6 +218,7 @@ fn compare(
         return Err(ReconnectError::Regions { wanted: regions, offered: offer.regions });
     }
     kept.max_regions = offer.regions;
+    open_channel(link, kept, deadline)?;
     if let Some(theirs) = read_config(link, kept, deadline)? {
         let repeat = kept.configuration.to_repeat(&theirs)?;
         let theirs = if repeat.is_empty() {

@@ -100,6 +100,26 @@ impl<S> Session<S> {
         Lost { kept: self.kept, error, link: self.link }
     }
 
+    /// Where the backend says what it was not asked, if it can.
+    #[must_use]
+    pub fn channel(&self) -> Option<BorrowedFd<'_>> {
+        self.link.channel()
+    }
+
+    /// Hears what the backend says unasked. If its configuration is another one that is read; gives
+    /// whether it was.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the connection is lost, or the backend says what it may not.
+    pub fn hear(&mut self, deadline: Deadline) -> Result<bool, FrontendError> {
+        if !self.link.hear()?.new_configuration {
+            return Ok(false);
+        }
+        let config = read_config(&mut self.link, &self.kept, deadline)?;
+        Ok(config.map(|config| self.kept.configuration.set(config)).is_some())
+    }
+
     /// Hands writes of the driver to the configuration on, and reads back what became of them.
     ///
     /// # Errors
