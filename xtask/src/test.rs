@@ -38,6 +38,15 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// What two runs came to.
+    pub(crate) fn and(&self, other: &Self) -> Self {
+        Self {
+            passed: self.passed + other.passed,
+            failed: self.failed + other.failed,
+            skipped: self.skipped + other.skipped,
+        }
+    }
+
     /// A test that can't run here says so in one line and passes for the test program.
     fn skip(&mut self) {
         self.skipped += 1;
@@ -136,14 +145,15 @@ pub(crate) fn build_bare_guest(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Builds one test program of the `tests` folder without running it; gives its path.
+/// Builds one test program of the `tests` folder without running it; gives its path. Chosen out of
+/// the whole workspace, it is built of what that was built of for its other tests.
 ///
 /// # Errors
 ///
 /// Fails if the build does.
 pub(crate) fn build_test(root: &Path, name: &str) -> Result<PathBuf> {
     let output = cargo(root)
-        .args(["test", "--package", "nacre-tests", "--test", name, "--no-run"])
+        .args(["test", "--workspace", "--test", name, "--no-run"])
         .args(["--message-format", "json-render-diagnostics"])
         .stderr(Stdio::inherit())
         .output()?;
@@ -166,20 +176,20 @@ pub(crate) fn count_tests(command: &mut Command, tally: &mut Tally) -> Result<()
     let failed_before = tally.failed;
     let mut child = command.stdout(Stdio::piped()).spawn().context("cannot start the tests")?;
     let output = child.stdout.take().context("the tests' output")?;
-    let mut own = std::io::stdout();
     let mut skips = 0;
     // What passing tests said is of interest only where they say that they can't run.
     let mut of_passing_tests = false;
     for line in BufReader::new(output).split(b'\n') {
-        let line = line?;
-        let text = String::from_utf8_lossy(&line);
+        let mut line = line?;
+        let text = String::from_utf8_lossy(&line).into_owned();
         let is_skip = text.starts_with("SKIPPED: ");
         skips += u32::from(is_skip);
         of_passing_tests |= text == "successes:";
         of_passing_tests &= !(text == "failures:" || text.starts_with("test result: "));
         if is_skip || !of_passing_tests {
-            own.write_all(&line)?;
-            own.write_all(b"\n")?;
+            line.push(b'\n');
+            // At once, as another host's tests may be told of beside it.
+            std::io::stdout().lock().write_all(&line)?;
         }
         tally.read(&text);
     }

@@ -4,11 +4,13 @@ use std::env;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::cache::Cache;
 use crate::guest_image::{GuestImage, busybox_rootfs};
+use crate::host::machine::has_room_for_two;
 use crate::host::{Host, devices};
 use crate::packages::kernel::Kernel;
 use crate::packages::tree::Tree;
@@ -16,6 +18,8 @@ use crate::programs::Programs;
 use crate::shell_image;
 use crate::test::{Tally, build_bare_guest, build_test, count_tests};
 
+/// So many are done before a second host would be up.
+const FEW_TESTS: usize = 8;
 const VIRTIOFSD: &str = "usr/libexec/virtiofsd";
 
 /// What a guest needs, as variables for a test program.
@@ -39,10 +43,49 @@ pub(crate) fn run(root: &Path, filter: &[String], tally: &mut Tally) -> Result<(
     let cache = Cache::open()?;
     let programs = Programs::build()?;
     let test = build_test(root, "linux")?;
-    let mut command = host_command(&cache, &programs)?;
-    // One sandbox at a time: two processors, which may themselves be emulated, are what there is.
-    command.arg("--").arg(test).arg("--test-threads=1").args(filter);
-    count_tests(&mut command, tally)
+    let names = names(&test, filter)?;
+    // Of a test program that is given no name all tests would run.
+    let hosts = if names.is_empty() { 0 } else { hosts_at_once(names.len())? };
+    let mut commands = Vec::new();
+    for host in 0..hosts {
+        let mut command = host_command(&cache, &programs)?;
+        // One test at a time: it looks at all that there is on its host.
+        command.arg("--").arg(&test).args(["--test-threads=1", "--exact"]);
+        command.args(names.iter().skip(host).step_by(hosts));
+        commands.push(command);
+    }
+    let counted = thread::scope(|scope| {
+        let running: Vec<_> = commands
+            .iter_mut()
+            .map(|command| {
+                scope.spawn(|| {
+                    let mut tally = Tally::default();
+                    count_tests(command, &mut tally).map(|()| tally)
+                })
+            })
+            .collect();
+        running.into_iter().map(|host| host.join().expect("a count does not panic")).collect()
+    });
+    let counted: Result<Vec<Tally>> = counted;
+    *tally = counted?.iter().fold(Tally::default(), |all, one| all.and(one)).and(tally);
+    Ok(())
+}
+
+/// The names of a test program's tests, those that the filter lets through.
+fn names(test: &Path, filter: &[String]) -> Result<Vec<String>> {
+    let output = Command::new(test).args(["--list", "--format", "terse"]).args(filter).output();
+    let output = output.context("cannot start the tests")?;
+    ensure!(output.status.success(), "the tests are not listed: {}", output.status);
+    let text = String::from_utf8(output.stdout)?;
+    Ok(text.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
+}
+
+/// How many emulated hosts run tests side by side. A test often waits, and most of them keep hardly
+/// more than one processor busy; but a host has to boot first, and may use its memory.
+fn hosts_at_once(tests: usize) -> Result<usize> {
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let two = !Host::is_direct()? && tests >= FEW_TESTS && processors >= 2 && has_room_for_two();
+    Ok(if two { 2 } else { 1 })
 }
 
 /// This same program, which knows how to run a command on whichever host there is, with all the

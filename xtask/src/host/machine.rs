@@ -183,6 +183,17 @@ fn memory_mib(meminfo: &str) -> u64 {
     total_kib.map_or(MEMORY_MIN_MIB, |kib| kib / 2048).clamp(MEMORY_MIN_MIB, MEMORY_MAX_MIB)
 }
 
+/// Whether this machine's memory is enough for two hosts at once, and as much again for all else.
+pub(crate) fn has_room_for_two() -> bool {
+    has_room(&fs::read_to_string("/proc/meminfo").unwrap_or_default())
+}
+
+fn has_room(meminfo: &str) -> bool {
+    let available = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let available = available.and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok());
+    available.is_some_and(|kib| kib / 1024 >= 3 * memory_mib(meminfo))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -192,6 +203,15 @@ mod tests {
         assert_eq!(memory_mib("MemTotal:  8388608 kB\nMemFree: 1 kB\n"), 4096);
         assert_eq!(memory_mib("MemTotal:  838860800 kB\n"), MEMORY_MAX_MIB);
         assert_eq!(memory_mib(""), MEMORY_MIN_MIB);
+    }
+
+    #[test]
+    fn two_hosts_have_room_where_three_would_have() {
+        let meminfo = |available_mib: u64| {
+            format!("MemTotal: {} kB\nMemAvailable: {} kB\n", 24 << 20, available_mib << 10)
+        };
+        assert!(has_room(&meminfo(3 * MEMORY_MAX_MIB)));
+        assert!(!has_room(&meminfo(3 * MEMORY_MAX_MIB - 1)) && !has_room(""));
     }
 
     #[test]
