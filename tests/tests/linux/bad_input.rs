@@ -157,7 +157,7 @@ fn memory_of_nothing_or_too_much_is_refused() -> Result<()> {
 fn processors_of_none_or_more_than_kvm_allows_are_refused() -> Result<()> {
     refused(&["--cpus", "0"], RunExit::Cpus, "a sandbox needs at least one CPU")?;
     let line = "nacre-vmm can't have that many CPUs; its last words: nacre-vmm: can't make the \
-                VM: no vCPUs: --cpus 60000 is more than the ";
+                VM: no vCPUs: 60000 vCPUs are more than the ";
     refused(&["--cpus", "60000"], RunExit::Cpus, line)
 }
 

@@ -133,7 +133,8 @@ impl Disk {
     fn new(seed: u8) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let image = folder.path().join("disk.img");
-        let bytes: Vec<u8> = (0..1_u32 << 20).map(|at| seed ^ (at / 512) as u8).collect();
+        let bytes: Vec<u8> =
+            (0..1_u32 << 20).map(|at| seed ^ (at / 512).to_le_bytes()[0]).collect();
         fs::write(&image, bytes)?;
         let image = image.display().to_string();
         let backend = Backend::start("nacre-blk", folder.path(), &["--disk", &image])?;
