@@ -360,7 +360,18 @@ impl Driver {
 
     /// Takes a region away again (`REM_MEM_REG`).
     pub fn remove_memory(&mut self, region: Region) {
+        self.remove_memory_in_use(region);
+        self.forget_memory(region);
+    }
+
+    /// Takes a region away with requests on it; [`Driver::forget_memory`] follows when they are
+    /// answered.
+    pub fn remove_memory_in_use(&mut self, region: Region) {
         self.connection.remove_region(&self.memory, region);
+    }
+
+    /// Uses a region no more that the daemon was told is away.
+    pub fn forget_memory(&mut self, region: Region) {
         self.memory.shrink(region);
     }
 

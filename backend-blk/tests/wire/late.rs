@@ -69,3 +69,27 @@ fn a_successor_serves_only_when_the_last_write_of_its_predecessor_has_reached_th
     assert_eq!(read(&mut driver, 0, 0, block), (pattern(3, BLOCK_BYTES), OK));
     assert_eq!(disk.bytes(0, BLOCK_BYTES), pattern(3, BLOCK_BYTES));
 }
+
+#[test]
+fn a_write_from_memory_that_goes_meanwhile_ends_and_harms_nobody() {
+    let Some(disk) = SlowDisk::mount(1 << 20) else { return };
+    let mut daemon = start(&disk.path(), &[]);
+    let mut driver = Driver::connect(&daemon.socket(), &Options::default());
+    if daemon.log().contains("no io_uring") {
+        eprintln!("SKIPPED: without io_uring a write holds the protocol up");
+        return;
+    }
+    let region = driver.add_memory(1 << 20);
+    disk.hold();
+    let (head, data) = (header(OUT, 0), pattern(1, BLOCK_BYTES));
+    let request = driver.submit(0, &[Buffer::Out(&head), Buffer::Out(&data), Buffer::In(1)]);
+    disk.wait_for_held();
+    driver.remove_memory_in_use(region);
+    disk.release();
+    assert_eq!(driver.wait(0, request).bytes, [OK]);
+    driver.forget_memory(region);
+    assert_eq!(disk.bytes(0, BLOCK_BYTES), data);
+    let block = u32::try_from(BLOCK_BYTES).unwrap();
+    assert_eq!(read(&mut driver, 0, 0, block), (data, OK));
+    assert!(daemon.is_running());
+}

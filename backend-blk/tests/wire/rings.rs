@@ -170,6 +170,27 @@ fn memory_comes_and_goes_while_the_disk_works() {
 }
 
 #[test]
+fn memory_comes_and_goes_again_and_again_with_requests_in_flight() {
+    let disk = image();
+    let daemon = start(&disk, &[]);
+    let mut driver = Driver::connect(&daemon.socket(), &Options::default());
+    let data = pattern(1, 4096);
+    assert_eq!(write(&mut driver, 0, 0, &data), OK);
+    let header = header(IN, 0);
+    let buffers = [Buffer::Out(&header), Buffer::In(4096), Buffer::In(1)];
+    for _round in 0..100 {
+        let waiting: Vec<_> = (0..8).map(|_| driver.submit(0, &buffers)).collect();
+        let region = driver.add_memory(1 << 20);
+        let new = driver.submit(0, &buffers);
+        for request in waiting.into_iter().chain([new]) {
+            let answer = driver.wait(0, request).bytes;
+            assert_eq!((&answer[..4096], answer[4096]), (&data[..], OK));
+        }
+        driver.remove_memory(region);
+    }
+}
+
+#[test]
 fn bytes_that_are_no_message_end_the_connection_only() {
     let disk = image();
     let mut daemon = start(&disk, &[]);
