@@ -63,6 +63,8 @@ pub enum NewDevice {
         address: String,
         /// Whether it may be taken from the driver that it has now.
         bind: bool,
+        /// What its interfaces get, in CIDR notation.
+        ip: Vec<String>,
     },
 }
 
@@ -157,6 +159,8 @@ pub enum DeviceState {
     Starting,
     /// What it stands for is gone, and a process fails its requests.
     Failing,
+    /// A device of the host's, which no process serves.
+    Passthrough,
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ use crate::{
     container::{ContainerError, Containers, spec::DiskNode},
     devices::{
         found::{self, DeviceError, Part},
+        function::{self, FunctionError, FunctionRequest},
         inside::Inside,
         order::{Order, Use},
         users::{self, User},
@@ -56,6 +57,9 @@ pub(crate) enum GiveError {
     /// It did not come.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// It is the host's, and not of use.
+    #[error(transparent)]
+    Function(#[from] FunctionError),
     /// It came as several.
     #[error("the device at {0} is several disks")]
     Several(PciAddress),
@@ -104,7 +108,10 @@ impl GiveError {
         match self {
             Self::Invalid { .. } | Self::Several(_) => Code::INVALID_ARGUMENT,
             Self::Container(error) => error.code(),
-            Self::Device(_) => Code::NOT_FOUND,
+            Self::Function(FunctionError::Address(_) | FunctionError::TooMany(_)) => {
+                Code::INVALID_ARGUMENT
+            }
+            Self::Device(_) | Self::Function(_) => Code::NOT_FOUND,
             Self::InUse { .. } | Self::ShareInUse(_) => Code::FAILED_PRECONDITION,
             Self::Disk(_)
             | Self::Storage(_)
@@ -132,7 +139,7 @@ pub(crate) async fn give(containers: &Containers, order: Order) -> Result<Vec<St
             share(inside, *storage, path).await.map(|path| vec![path])
         }
         Use::Interface { network, name } => interface(address, network, name).await,
-        Use::Function => function(inside, address).await,
+        Use::Function(request) => function(inside, address, request).await,
     }
 }
 
@@ -149,7 +156,7 @@ pub(crate) async fn take(containers: &Containers, order: Order) -> Result<(), Gi
         }
         // Whoever uses it finds the network gone.
         Use::Interface { .. } => Ok(()),
-        Use::Function => {
+        Use::Function(_) => {
             let path = |name: &str| Path::new("/dev").join(name);
             blocking(move || take_disks(&inside, &parts, path)).await
         }
@@ -218,17 +225,18 @@ async fn interface(
     Ok(vec![name])
 }
 
-async fn function(inside: Inside, address: PciAddress) -> Result<Vec<String>, GiveError> {
+async fn function(
+    inside: Inside,
+    address: PciAddress,
+    request: FunctionRequest,
+) -> Result<Vec<String>, GiveError> {
     let mut names = Vec::new();
-    for part in found::appeared(address, &["block", "net"], APPEAR_LIMIT).await? {
-        match part.number {
-            Some(number) => {
-                let path = Path::new("/dev").join(&part.name);
-                names.push(disk(inside.clone(), path, number, false).await?);
-            }
-            None => names.push(part.name),
-        }
+    for node in function::nodes(&[request]).await? {
+        let DiskNode { path, major, minor, read_only } = node;
+        names.push(disk(inside.clone(), path, (major, minor), read_only).await?);
     }
+    let interfaces = found::now(address).into_iter().filter(|part| part.subsystem == "net");
+    names.extend(interfaces.map(|part| part.name));
     Ok(names)
 }
 

@@ -224,4 +224,67 @@ mod tests {
         assert!(inside.make_disk(Path::new("/file"), (7, 0), true).is_err());
         assert_eq!(fs::read_to_string(top.path().join("file")).unwrap(), "kept");
     }
+
+    /// A process in a mount namespace of its own; killed when dropped.
+    struct Cut(std::process::Child);
+
+    impl Drop for Cut {
+        fn drop(&mut self) {
+            self.0.kill().unwrap();
+            self.0.wait().unwrap();
+        }
+    }
+
+    impl Cut {
+        fn start(command: &[&str]) -> Self {
+            let mut unshare = std::process::Command::new("unshare");
+            let process = Self(unshare.arg("--mount").args(command).spawn().unwrap());
+            let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).unwrap();
+            let pid = process.0.id().to_string();
+            while namespace(&pid) == namespace("self") {
+                thread::yield_now();
+            }
+            process
+        }
+
+        fn inside(&self) -> Inside {
+            let pid = rustix::process::Pid::from_child(&self.0);
+            let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty());
+            Inside::of(&Live { pid, pidfd: Arc::new(pidfd.unwrap()) }).unwrap()
+        }
+    }
+
+    #[test]
+    fn mounts_and_nodes_come_to_a_namespace_that_is_in_use_and_go() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIPPED: only root makes mount namespaces");
+            return;
+        }
+        let top = tempfile::tempdir().unwrap();
+        let (source, place) = (top.path().join("source"), top.path().join("new/place"));
+        fs::create_dir(&source).unwrap();
+        fs::write(source.join("file"), "shared").unwrap();
+        let container = Cut::start(&["sleep", "1000"]);
+        let inside = container.inside();
+        inside.mount(&source, &place).unwrap();
+        let seen = PathBuf::from(format!("/proc/{}/root", container.0.id()));
+        let there = seen.join(place.strip_prefix("/").unwrap());
+        assert_eq!(fs::read_to_string(there.join("file")).unwrap(), "shared");
+        assert!(!place.join("file").exists(), "mounted here, too");
+        let held = File::open(&there).unwrap();
+        let error = inside.unmount(&source, &place).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBUSY));
+        drop(held);
+        inside.unmount(&source, &place).unwrap();
+        assert!(!there.join("file").exists());
+
+        let node = top.path().join("disk");
+        for (read_only, mode) in [(false, 0o660), (true, 0o440)] {
+            inside.make_disk(&node, (7, 77), read_only).unwrap();
+            let made = rustix::fs::lstat(&node).unwrap();
+            assert_eq!((made.st_mode & 0o777, made.st_rdev), (mode, makedev(7, 77)));
+        }
+        inside.remove_disk(&node).unwrap();
+        assert!(!node.exists());
+    }
 }

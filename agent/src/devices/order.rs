@@ -3,12 +3,12 @@
 use std::path::{Component, Path, PathBuf};
 
 use nacre_proto::{
-    agent::{DeviceRequest, Storage, device_request::Purpose},
+    agent::{DeviceRequest, Function, Storage, device_request::Purpose},
     pci::PciAddress,
 };
 
 use crate::{
-    devices::give::GiveError,
+    devices::{function::FunctionRequest, give::GiveError},
     ids::ContainerId,
     sandbox::{network::Network, storage::StoragePlan},
 };
@@ -22,8 +22,8 @@ pub(crate) enum Use {
     Share { storage: Box<StoragePlan>, path: PathBuf },
     /// An interface.
     Interface { network: Network, name: String },
-    /// Whatever a driver makes of it.
-    Function,
+    /// A device of the host's: whatever a driver makes of it.
+    Function(FunctionRequest),
 }
 
 /// A device and what becomes of it.
@@ -70,7 +70,15 @@ impl Order {
                 let network = Network::parse(&interfaces, &interface.routes)?;
                 Use::Interface { network, name }
             }
-            Some(Purpose::Function(_)) => Use::Function,
+            Some(Purpose::Function(function)) => {
+                let function = Function {
+                    pci_address: request.pci_address,
+                    addresses: function.addresses,
+                    ..Function::new()
+                };
+                let parsed = FunctionRequest::parse_all(&[function])?.into_iter().next();
+                Use::Function(parsed.ok_or_else(|| invalid("no device:", ""))?)
+            }
             _ => return Err(invalid("no purpose of a device:", "")),
         };
         Ok(Self { container, address, purpose })
@@ -125,7 +133,7 @@ mod tests {
         let order = parsed(share("/run/nacre/volumes/1")).unwrap();
         assert!(matches!(order.purpose, Use::Share { .. }));
         let order = parsed(Some(Purpose::Function(FunctionUse::new()))).unwrap();
-        assert!(matches!(order.purpose, Use::Function));
+        assert!(matches!(order.purpose, Use::Function(_)));
     }
 
     #[test]

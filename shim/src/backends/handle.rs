@@ -133,7 +133,6 @@ impl DeviceHandle {
     }
 
     /// Every change of how it is.
-    #[cfg(test)]
     pub(crate) fn watch(&self) -> watch::Receiver<View> {
         self.view.clone()
     }

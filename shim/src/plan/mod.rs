@@ -11,7 +11,7 @@ pub mod process;
 mod size;
 pub mod spec;
 
-use std::{net::Ipv4Addr, path::PathBuf};
+use std::{collections::BTreeMap, net::Ipv4Addr, path::PathBuf};
 
 use nacre_proto::agent::{Device, Storage};
 use oci_spec::runtime::Spec;
@@ -204,6 +204,13 @@ pub struct SandboxPlan {
 }
 
 impl SandboxPlan {
+    /// The host's devices that the guest begins with, by their ids.
+    #[must_use]
+    pub fn functions(&self) -> BTreeMap<String, Function> {
+        let given = self.config.passthrough.iter().enumerate();
+        given.map(|(index, function)| (passthrough_id(index), function.clone())).collect()
+    }
+
     /// Decides.
     ///
     /// # Errors

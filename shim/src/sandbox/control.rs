@@ -14,7 +14,7 @@ use std::{
 use nacre_proto::{
     pci::PciAddress,
     supervisor::{Answer, Device, DeviceState, Request},
-    vmm::{self, Status},
+    vmm::{self, DeviceStatus, Status},
 };
 use rustix::{
     fs::{Mode, chmod},
@@ -31,7 +31,7 @@ use tokio::{
 
 use crate::{
     backends::{Condition, DeviceHandle, ReplaceError, Roster},
-    error_chain,
+    error_chain, log_file,
     packets::Packets,
     sandbox::change::{Change, Operator},
     vmm::Link,
@@ -171,7 +171,10 @@ impl Counter {
         let told = self.link.status(TOLD_WITHIN).await;
         let told = told.map_err(|error| log::debug!("{}", error_chain(&error))).ok();
         let handles = self.roster.all();
-        handles.iter().map(|handle| describe(handle, told.as_ref())).collect()
+        let kept = handles.iter().map(|handle| describe(handle, told.as_ref()));
+        let others = told.iter().flat_map(|told| &told.devices);
+        let others = others.filter(|device| device.state == vmm::DeviceState::Passthrough);
+        kept.chain(others.map(passthrough)).collect()
     }
 
     async fn replace(&self, device: &str, program: Option<PathBuf>) -> Answer {
@@ -187,6 +190,20 @@ impl Counter {
             Err(ReplaceError::NotBack(why)) => Answer::NotBack(why),
             Err(error) => Answer::Refused(error.to_string()),
         }
+    }
+}
+
+/// A device of the host's, which the VMM alone has.
+fn passthrough(told: &DeviceStatus) -> Device {
+    Device {
+        id: log_file::printable(&told.id),
+        kind: "vfio".to_owned(),
+        state: DeviceState::Passthrough,
+        pid: 0,
+        program: "-".to_owned(),
+        restarts: 0,
+        address: told.address.parse::<PciAddress>().ok().map(|address| address.to_string()),
+        leaving: told.leaving,
     }
 }
 

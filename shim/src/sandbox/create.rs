@@ -217,7 +217,7 @@ impl VmUp {
             roster: self.devices.roster().clone(),
             container: container.to_owned(),
             errands: self.errands.0.clone(),
-            turn: Mutex::default(),
+            functions: Mutex::new(self.base.plan.functions()),
         })
     }
 

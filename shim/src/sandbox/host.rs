@@ -7,7 +7,7 @@ use crate::{
     error_chain,
     fault::{self, Step},
     network::{self, Network, NetworkError},
-    passthrough::{self, Host, PassthroughError, binding},
+    passthrough::{self, Function, Host, PassthroughError, binding},
     plan::SandboxPlan,
     registry::{Registration, RegistryError},
     sandbox::SandboxError,
@@ -99,6 +99,14 @@ impl HostResources {
         registration.update(|record| record.bindings.push(found))?;
         binding::bind(&host, address)?;
         Ok(())
+    }
+
+    /// Has a device of the host's for a sandbox that runs.
+    pub(super) fn open_device(&mut self, function: &Function) -> Result<Opened, SandboxError> {
+        if function.bind {
+            self.take_device(function.address)?;
+        }
+        Ok(passthrough::open(&Host::default(), function.address)?)
     }
 
     /// Opens the devices for the VMM, in the plan's order.

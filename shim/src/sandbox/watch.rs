@@ -70,6 +70,12 @@ impl VmUp {
                 }
             }
             Errand::EndNetwork(device) => self.host.end_network(&device),
+            Errand::OpenDevice(function, answer) => {
+                if answer.send(self.host.open_device(&function)).is_err() {
+                    self.host.give_back_device(function.address);
+                }
+            }
+            Errand::GiveBack(address) => self.host.give_back_device(address),
             Errand::Record(now) => {
                 let Some(registration) = &mut self.host.registration else { return };
                 let written = registration.update(|record| {

@@ -263,6 +263,12 @@ pub(crate) enum DeviceKind {
     },
     /// A network interface with an address of its own.
     Net,
+    /// A PCI device of the host, by VFIO.
+    Vfio {
+        /// Which, as for `nacre run --device`.
+        #[arg(value_name = "ADDRESS[,bind][,ip=ADDRESS/BITS]")]
+        function: String,
+    },
 }
 
 #[derive(Debug, Group)]

@@ -12,7 +12,9 @@ use nacre_proto::{
 use serde_json::{Value, json};
 use shim::{
     devices::{self, Added, DeviceError},
-    log_file, paths,
+    log_file,
+    passthrough::Function,
+    paths,
     plan::Volume,
     registry::Registry,
 };
@@ -79,6 +81,10 @@ fn add(socket: &Path, kind: &DeviceKind) -> Result<String, Failure> {
             NewDevice::Share { path: text(host)?, guest: text(guest)?, read_only }
         }
         DeviceKind::Net => NewDevice::Network,
+        DeviceKind::Vfio { function } => {
+            let Function { address, bind, ip } = format!("vfio:{function}").parse()?;
+            NewDevice::Vfio { address: address.to_string(), bind, ip }
+        }
     };
     let added = runtime()?.block_on(devices::add(socket, new)).map_err(|error| failure(&error))?;
     let Added { device, address, places } = added;
@@ -115,6 +121,7 @@ fn state(device: &supervisor::Device) -> &'static str {
         DeviceState::Lost => "lost",
         DeviceState::Starting => "starting",
         DeviceState::Failing => "failing",
+        DeviceState::Passthrough => "given",
     }
 }
 

@@ -150,9 +150,7 @@ fn planned(new: NewDevice, taken: impl Fn(&str) -> bool) -> Result<DevicePlan, W
             .map(DevicePlan::nic)
             .find(|device| !taken(device.id()))
             .ok_or_else(|| "there are too many of its kind".to_owned()),
-        NewDevice::Vfio { .. } => {
-            Err("devices of the host's can't be given to a running sandbox yet".to_owned())
-        }
+        NewDevice::Vfio { .. } => Err("a device of the host's has no process".to_owned()),
     }
 }
 

@@ -6,27 +6,31 @@
 //! they were, or says how they are.
 
 mod add;
+mod function;
 mod remove;
 mod resize;
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use nacre_proto::{
     agent::{
         DeviceRequest, DiskUse, Interface, InterfaceUse, Route, ShareUse, device_request::Purpose,
     },
     pci::PciAddress,
-    supervisor::{Answer, Resources},
+    supervisor::{Answer, NewDevice, Resources},
     vmm::Status,
 };
 use tokio::sync::{Mutex, mpsc, oneshot};
+use vfio::{HostAddress, Opened};
 
 use crate::{
     agent::Agent,
     backends::{Backend, Roster, Surroundings},
     error_chain,
     network::{Network, NetworkError},
+    passthrough::Function,
     plan::{self, DevicePlan},
+    sandbox::SandboxError,
     vmm::{Link, VmmError},
 };
 
@@ -44,7 +48,7 @@ pub(super) enum Change {
         memory_bytes: Option<u64>,
     },
     /// Another device.
-    Add(nacre_proto::supervisor::NewDevice),
+    Add(NewDevice),
     /// One device less.
     Remove(String),
 }
@@ -57,6 +61,10 @@ pub(super) enum Errand {
     MakeNetwork(String, oneshot::Sender<Result<Network, NetworkError>>),
     /// Take the network of this device down, if it has one.
     EndNetwork(String),
+    /// Have this device of the host's, from its driver if it may be taken, and open it.
+    OpenDevice(Function, oneshot::Sender<Result<Opened, SandboxError>>),
+    /// Give this device of the host's, which nobody has open, back to its driver.
+    GiveBack(HostAddress),
     /// Write down what the guest has now.
     Record(Resources),
     /// Answer, once all that happened before is seen to.
@@ -71,8 +79,9 @@ pub(super) struct Operator {
     pub(super) roster: Roster,
     pub(super) container: String,
     pub(super) errands: mpsc::Sender<Errand>,
-    /// Held while there is a change under way, which may outlast its client.
-    pub(super) turn: Mutex<()>,
+    /// The host's devices that the guest has, by their ids. Held while there is a change under
+    /// way, which may outlast its client.
+    pub(super) functions: Mutex<BTreeMap<String, Function>>,
 }
 
 /// Why something was not done, in a sentence for the client.
@@ -81,12 +90,18 @@ type Why = String;
 impl Operator {
     /// Makes a change, to its end or back.
     pub(super) async fn carry_out(&self, change: Change) -> Answer {
-        let Ok(_turn) = self.turn.try_lock() else {
+        let Ok(mut functions) = self.functions.try_lock() else {
             return Answer::Refused("another change is being made: try again later".to_owned());
         };
         match change {
             Change::Resize { cpus, memory_bytes } => self.resize(cpus, memory_bytes).await,
+            Change::Add(NewDevice::Vfio { address, bind, ip }) => {
+                self.add_function(&mut functions, (&address, bind, ip)).await
+            }
             Change::Add(new) => self.add(new).await,
+            Change::Remove(device) if functions.contains_key(&device) => {
+                self.remove_function(&mut functions, &device).await
+            }
             Change::Remove(device) => self.remove(&device).await,
         }
     }

@@ -6,10 +6,11 @@
 
 use std::time::Duration;
 
-use nacre_proto::{agent::DeviceRequest, pci::PciAddress, supervisor::Answer};
+use nacre_proto::{agent::DeviceRequest, pci::PciAddress, supervisor::Answer, vmm::DeviceState};
 use tokio::time::timeout;
 
 use crate::{
+    backends::{Condition, DeviceHandle},
     error_chain,
     sandbox::change::{Operator, VMM_WITHIN, Why, purpose, words},
     vmm::{Parting, VmmError},
@@ -44,20 +45,47 @@ impl Operator {
         let handle = self.roster.find(device);
         let handle = handle.ok_or_else(|| format!("there is no device `{device}`"))?;
         let purpose = purpose(&handle.device)?;
+        Ok(self.request(self.address_of(device).await?, purpose))
+    }
+
+    /// Where a device is that is not on its way out.
+    pub(super) async fn address_of(&self, device: &str) -> Result<PciAddress, Why> {
         let status = self.status().await?;
         let known = status.devices.iter().find(|known| known.id == device);
         let known = known.ok_or_else(|| format!("nacre-vmm has no device `{device}`"))?;
         if known.leaving {
             return Err(format!("the guest was asked to let go of `{device}` before, and may yet"));
         }
-        let address: PciAddress =
-            known.address.parse().map_err(|error| format!("nacre-vmm: {error}"))?;
-        Ok(self.request(address, purpose))
+        known.address.parse().map_err(|error| format!("nacre-vmm: {error}"))
+    }
+
+    /// Waits until a process that the VMM has cut off is known to have ended.
+    async fn in_agreement(&self, handle: &DeviceHandle) {
+        let mut view = handle.watch();
+        let news = self.link.news(handle.id()).borrow().lost.number;
+        if news > 0 {
+            let is_lost = self.status().await.is_ok_and(|status| {
+                let mut devices = status.devices.iter();
+                devices.any(|one| one.id == handle.id() && one.state == DeviceState::Lost)
+            });
+            if is_lost && view.wait_for(|view| view.condition != Condition::Serving).await.is_err()
+            {
+                log::debug!("`{}` is kept no more", handle.id());
+            }
+        }
     }
 
     /// Has the guest's kernel let go of a device that nothing in the guest uses.
     pub(super) async fn take_off(&self, device: &str) -> Answer {
         let handle = self.roster.find(device);
+        // For a device without a backend the request says that the process has ended, too.
+        if let Some(handle) = &handle
+            && timeout(ENDED_WITHIN, self.in_agreement(handle)).await.is_err()
+        {
+            return Answer::Refused(
+                "nacre-vmm has lost its process, which does not end".to_owned(),
+            );
+        }
         match self.link.remove_device(device, VMM_WITHIN, LET_GO_WITHIN).await {
             Ok(Parting::Gone) => {}
             Ok(Parting::Kept(why)) => {
