@@ -1,7 +1,7 @@
 //! What one round does to sandboxes. Each answers with what it did, in a few words.
 
 use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use std::{process, thread};
 
 use anyhow::{Context, Result, ensure};
@@ -20,8 +20,6 @@ const STAYS: &str = "trap 'exit 9' TERM; echo up; while :; do sleep 0.1; done";
 const ASKED: i32 = 9;
 /// How late after a sandbox's start one of its processes is killed, at most.
 const KILL_WITHIN_MS: u32 = 8000;
-/// How long the loss of a process may take to end a sandbox that it is to end.
-const LOSS: Duration = Duration::from_secs(5);
 
 /// A kind of round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,10 +116,14 @@ fn kill(user: &User, random: &mut Random) -> Result<String> {
     // It may have ended by itself in between.
     kill_process(pid, Signal::KILL).ok();
     let did = format!("{program} of {name} killed after {moment_ms} ms, {} at once", names.len());
-    let outcome =
-        if pid == own { orphaned(user, name, victim) } else { bereft(user, name, victim) };
+    let outcome = match program.as_str() {
+        "nacre" => orphaned(user, name, victim),
+        "nacre-vmm" => ended(victim, RunExit::VmmDied),
+        _ => bereft(user, name, victim),
+    };
     let outcome = outcome.with_context(|| did.clone())?;
     for (other, run) in runs {
+        run.until("up")?;
         goes_on(user, other, run).with_context(|| format!("{did}: {other}, which lost nothing"))?;
     }
     Ok(format!("{did}: {outcome}"))
@@ -142,35 +144,23 @@ fn orphaned(user: &User, name: &str, run: Attached) -> Result<String> {
     Ok(if known { "removed" } else { "nothing to remove" }.to_owned())
 }
 
-/// A sandbox that lost a process ends with a code for that, or takes the loss and goes on.
-fn bereft(user: &User, name: &str, mut run: Attached) -> Result<String> {
-    let up = run.until("up").is_ok();
-    let deadline = Instant::now() + LOSS;
-    while up && Instant::now() < deadline && run.process().is_running()? {
-        thread::sleep(Duration::from_millis(20));
+/// A sandbox that lost the process of a device goes on, unless that was before the guest's start.
+fn bereft(user: &User, name: &str, run: Attached) -> Result<String> {
+    if run.until("up").is_err() {
+        return ended(run, RunExit::BackendStart);
     }
-    if up && run.process().is_running()? {
-        is_whole(user, name)?;
-        run.process().terminate()?;
-        run.wait()?.code(ASKED)?;
-        return Ok("it went on".to_owned());
-    }
-    let answer = run.wait()?;
-    let codes = [
-        RunExit::VmmDied,
-        RunExit::BackendStart,
-        RunExit::BackendDied,
-        RunExit::AgentSilent,
-        RunExit::Setup,
-    ]
-    .map(u8::from);
-    let code = answer.code.and_then(|code| u8::try_from(code).ok());
-    ensure!(code.is_some_and(|code| codes.contains(&code)), "not told by its code: {answer:?}");
-    Ok(format!("ended with {}", code.unwrap_or_default()))
+    goes_on(user, name, run)?;
+    Ok("it went on".to_owned())
 }
 
+fn ended(run: Attached, exit: RunExit) -> Result<String> {
+    let exit = u8::from(exit);
+    run.wait()?.code(exit.into())?;
+    Ok(format!("ended with {exit}"))
+}
+
+/// A sandbox that is up serves, and ends when it is asked.
 fn goes_on(user: &User, name: &str, mut run: Attached) -> Result<()> {
-    run.until("up")?;
     is_whole(user, name)?;
     run.process().terminate()?;
     run.wait()?.code(ASKED)?;
