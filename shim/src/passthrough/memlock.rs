@@ -7,6 +7,8 @@ use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit, setrlimit};
 
 use crate::{passthrough::PassthroughError, size::ByteSize};
 
+/// How many devices are reckoned with once a sandbox is given one while it runs.
+pub const MOST_DEVICES: usize = 32;
 /// What the VMM locks beside the guest's memory, at most.
 const BESIDE_BYTES: u64 = 64 << 20;
 

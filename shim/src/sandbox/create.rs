@@ -192,8 +192,8 @@ impl BackendsUp {
 
 /// Lets the VMM lock what the devices that it is given need, as long as the answer lives.
 fn memlock(plan: &SandboxPlan) -> Result<Option<Raised>, PassthroughError> {
-    let SandboxConfig { memory, passthrough, .. } = &plan.config;
-    let needed = memlock::needed(*memory, passthrough.len());
+    let SandboxConfig { passthrough, .. } = &plan.config;
+    let needed = memlock::needed(plan.max_memory, passthrough.len());
     (!passthrough.is_empty()).then(|| Raised::to(needed)).transpose()
 }
 

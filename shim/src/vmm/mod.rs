@@ -92,7 +92,9 @@ impl Vmm {
     ) -> Result<Self, VmmError> {
         let prepare = |what| move |source: io::Error| VmmError::Prepare { what, source };
         let (console, console_in_child) = io::pipe().map_err(prepare("pipe"))?;
-        let ids: Vec<&str> = plan.devices.iter().map(DevicePlan::id).collect();
+        let functions: Vec<_> = (0..plan.config.passthrough.len()).map(passthrough_id).collect();
+        let ids = plan.devices.iter().map(DevicePlan::id);
+        let ids: Vec<&str> = ids.chain(functions.iter().map(String::as_str)).collect();
         let (link, listener, control_in_child) = pair(&ids).map_err(prepare("control socket"))?;
         let mut launch = surroundings
             .launch("nacre-vmm", &surroundings.path_of("nacre-vmm"))
