@@ -4,13 +4,16 @@
 use std::time::Duration;
 
 use nacre_proto::exit::VmmExit;
+use rustix::process::Pid;
 use tokio::time::timeout;
+use vfio::Opened;
 
 use crate::{
     agent::AgentError,
     backends::{BackendError, Happening},
     child::{ChildError, End},
     log_file,
+    passthrough::{Function, memlock},
     sandbox::{SandboxError, change::Errand, create::VmUp},
     vmm,
 };
@@ -71,7 +74,7 @@ impl VmUp {
             }
             Errand::EndNetwork(device) => self.host.end_network(&device),
             Errand::OpenDevice(function, answer) => {
-                if answer.send(self.host.open_device(&function)).is_err() {
+                if answer.send(self.open_device(&function)).is_err() {
                     self.host.give_back_device(function.address);
                 }
             }
@@ -91,6 +94,15 @@ impl VmUp {
                 }
             }
         }
+    }
+
+    /// Opens a device of the host's, and lets the VMM lock what as many as there may be need.
+    fn open_device(&mut self, function: &Function) -> Result<Opened, SandboxError> {
+        let needed = memlock::needed(self.base.plan.max_memory, memlock::MOST_DEVICES);
+        if let Some(vmm) = Pid::from_raw(self.vmm.child().record().pid) {
+            memlock::raise(vmm, needed)?;
+        }
+        self.host.open_device(function)
     }
 
     /// Only what cleans up after a killed supervisor reads it.
