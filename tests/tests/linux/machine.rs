@@ -17,13 +17,13 @@ use nacre_tests::process::{Process, until};
 const BOOTS: usize = 20;
 
 /// A guest of Debian's kernel that runs `script` from the share.
-fn linux(share: &Path, script: &str) -> Result<Machine> {
+pub(super) fn linux(share: &Path, script: &str) -> Result<Machine> {
     fs::write(share.join("run.sh"), script)?;
     let cmdline = "console=ttyS0 quiet panic=-1";
     Machine::linux(&artifacts::kernel()?, &artifacts::shell_initramfs()?, cmdline)
 }
 
-fn fs_backend(dir: &Path, share: &Path) -> Result<Backend> {
+pub(super) fn fs_backend(dir: &Path, share: &Path) -> Result<Backend> {
     let shared = share.display().to_string();
     Backend::start("nacre-fs", dir, &["--shared-dir", &shared, "--tag", "job"])
 }

@@ -18,3 +18,4 @@ mod restart_fs;
 mod restart_vsock;
 mod timing;
 mod vfio;
+mod vfio_vmm;
