@@ -6,6 +6,7 @@ mod devices;
 mod ending;
 mod failure;
 mod hotplug_cpu;
+mod hotplug_memory;
 mod hotplug_pci;
 mod image;
 mod jail;
