@@ -188,6 +188,29 @@ fn a_disk_comes_and_goes_twenty_times_and_leaves_nothing() -> Result<()> {
 }
 
 #[test]
+fn a_disk_that_grows_is_as_large_to_the_guest() -> Result<()> {
+    let mut guest = Guest::boot(CMDLINE, &[])?;
+    let mut disk = Disk::new(9)?;
+    let address = disk.add(&mut guest, "disk")?;
+    guest.until(&format!("{} && test $(cat /sys/block/$d/size) = 2048", block(&address)))?;
+    for sectors in [4096, 8192] {
+        fs::File::options().write(true).open(disk.image())?.set_len(sectors * 512)?;
+        disk.backend.process().signal(Signal::HUP)?;
+        let script = format!("{} && test $(cat /sys/block/$d/size) = {sectors}", block(&address));
+        guest.until(&script)?;
+        // Its successor says the same, and tells of the next growth.
+        disk.backend = disk.backend.replace(Signal::KILL)?;
+        guest.control.lost("disk")?;
+        guest.control.reconnect("disk", &disk.backend.connect()?.into())?;
+    }
+    let last =
+        format!("{} && printf end | dd of=/dev/$d bs=512 seek=8191 && sync", block(&address));
+    guest.sh(&last)?;
+    ensure!(fs::read(disk.image())?[8191 * 512..].starts_with(b"end"));
+    guest.is_content()
+}
+
+#[test]
 fn a_nic_and_a_share_come_to_a_running_guest_and_go_again() -> Result<()> {
     // A thread has a network namespace of its own; its children are born into it.
     thread::spawn(nic_and_share).join().expect("the test does not panic")
