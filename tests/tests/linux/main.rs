@@ -14,6 +14,7 @@ mod lifecycle;
 mod limits;
 mod machine;
 mod network;
+mod resize;
 mod restart;
 mod restart_fs;
 mod restart_vsock;
