@@ -103,6 +103,37 @@ echo again $(nproc) on $(runs_on 1)
 }
 
 #[test]
+fn a_guest_that_cannot_stop_a_vcpu_keeps_it_and_says_so() -> Result<()> {
+    // The kernel stops none if only those would stay that it keeps from ordinary work.
+    let script = "until dmesg | grep -q 'Offline failed'; do usleep 50000; done
+dmesg -c > /dev/null
+echo kept $(cat $cpus/online)
+online 2
+echo more $(cat $cpus/online)
+goes 1
+until dmesg | grep -q 'Offline failed'; do usleep 50000; done
+dmesg -c > /dev/null
+echo now $(cat $cpus/online)
+";
+    let mut guest = Guest::start([2, 3], "isolcpus=0", script)?;
+    guest.control.set_cpus(1)?;
+    let reason = guest.control.cpus_declined()?;
+    ensure!(reason.contains("keeps vCPU 1: status 0x82"), "{reason}");
+    guest.says("kept 0-1")?;
+    ensure!(guest.control.status()?.cpus == 2);
+    // With another one it gives that up, and then keeps the last one.
+    guest.control.set_cpus(3)?;
+    guest.says("more 0-2")?;
+    guest.control.set_cpus(1)?;
+    guest.control.cpus_become(2)?;
+    let reason = guest.control.cpus_declined()?;
+    ensure!(reason.contains("keeps vCPU 2: status 0x82"), "{reason}");
+    guest.says("now 0,2")?;
+    ensure!(guest.control.status()?.cpus == 2);
+    guest.powers_off()
+}
+
+#[test]
 fn a_reboot_begins_with_the_vcpus_that_are_there() -> Result<()> {
     let script = "if test -e /job/rebooted; then echo second $(nproc) of $(cat $cpus/present)
 else comes 2; touch /job/rebooted; sync; reboot -f; fi

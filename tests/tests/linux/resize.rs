@@ -148,7 +148,9 @@ fn a_disk_comes_to_a_container_that_runs_and_goes_when_nobody_uses_it() -> Resul
     let read = "dd if=/dev/disk-0 bs=512 count=1 iflag=direct 2>/dev/null | head -n 1";
     ensure!(sandbox.shell(read)? == "on the disk", "not what is on it");
     kill_child_of(sandbox.supervisor()?, "nacre-blk")?;
-    sandbox.shell("dd if=/dev/zero of=/dev/disk-0 bs=4k count=16 oflag=direct,sync 2>/dev/null")?;
+    sandbox.shell(
+        "dd if=/dev/zero of=/dev/disk-0 bs=4k count=16 oflag=direct conv=fsync 2>/dev/null",
+    )?;
     until("it serves again", || {
         let listed = sandbox.listed("disk-0")?.context("the disk")?;
         Ok(listed["state"] == "serving" && listed["restarts"] == 1)
