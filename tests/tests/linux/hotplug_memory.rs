@@ -105,19 +105,9 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Waits for a line, through several of the usual patiences: the machine is emulated.
+    /// Waits for a line.
     fn says(&mut self, start: &str) -> Result<String> {
-        let deadline = Instant::now() + SANDBOX_PATIENCE;
-        loop {
-            match self.running.until(start) {
-                Err(error)
-                    if Instant::now() < deadline && self.running.process().is_running()? =>
-                {
-                    log_wait(&error);
-                }
-                result => return result,
-            }
-        }
+        self.running.until_within(SANDBOX_PATIENCE, start)
     }
 
     fn order(&mut self, order: &str) -> Result<()> {
@@ -205,10 +195,6 @@ impl Guest {
         }
         Ok(ended)
     }
-}
-
-fn log_wait(error: &anyhow::Error) {
-    eprintln!("waits on: {error}");
 }
 
 fn disk(dir: &Path) -> Result<Backend> {
