@@ -1,6 +1,6 @@
 //! RAM that comes and goes, and backends that have to know it.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use nacre_proto::vmm::{Command, DeviceState, Outcome};
 use nacre_tests::backend::Backend;
 use nacre_tests::control::Control;
 use nacre_tests::machine::{Machine, Running};
-use nacre_tests::process::Signal;
+use nacre_tests::process::{Signal, until};
 
 const NAME: &str = "memory-hotplug";
 const BOOT: u64 = 64 << 20;
@@ -82,10 +82,24 @@ impl Vm {
         self.has(to)
     }
 
-    /// The guest ejects the next unit that it is asked for.
+    /// The guest ejects the next unit that it is asked for, and has seen that it is gone.
     fn ejects(&mut self, unit: u64) -> Result<()> {
         self.says(&format!("asked {unit}"))?;
-        self.order(EJECT)
+        self.order(EJECT)?;
+        self.says(&format!("ejected {unit}"))
+    }
+
+    /// Has the disk's process stand still: a thread of it may go on for a moment after the signal.
+    fn stop_disk(&mut self) -> Result<()> {
+        self.disk.process().signal(Signal::STOP)?;
+        let tasks = format!("/proc/{}/task", self.disk.process().id());
+        until("the disk stands still", || {
+            let stands = |task: &fs::DirEntry| {
+                let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+                stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+            };
+            Ok(fs::read_dir(&tasks)?.filter_map(Result::ok).all(|task| stands(&task)))
+        })
     }
 
     fn refused(&mut self, bytes: u64, why: &str) -> Result<()> {
@@ -226,6 +240,7 @@ fn ram_goes_while_the_disk_is_dead_and_its_successor_never_hears_of_it() -> Resu
     vm = vm.kill_disk()?;
     vm.order(EJECT)?;
     ensure!(vm.control.memory_changed()? == bytes(1));
+    vm.says("ejected 1")?;
     vm.reconnect()?;
     vm.checks(1)?;
     vm.grow(1, 2)?;
@@ -239,7 +254,7 @@ fn ram_goes_while_the_disk_is_dead_and_its_successor_never_hears_of_it() -> Resu
 fn a_disk_that_does_not_follow_is_lost_and_the_ram_comes_nevertheless() -> Result<()> {
     let mut vm = Vm::start()?;
     vm.grow(0, 1)?;
-    vm.disk.process().signal(Signal::STOP)?;
+    vm.stop_disk()?;
     vm.set(2)?;
     let reason = vm.control.lost("disk0")?;
     ensure!(reason.contains("did not follow the guest's memory"), "{reason}");

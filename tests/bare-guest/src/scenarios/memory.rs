@@ -92,6 +92,7 @@ fn take_news(unit: u32, disk: &mut Option<Disk>, used: &mut Vec<u32>) {
             write32(STATUS, 1 << 3);
             assert_eq!(read32(STATUS), 0, "unit {unit} after its ejection");
             report(3, 0);
+            say!("ejected {unit}");
         }
     }
 }
