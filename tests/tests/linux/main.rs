@@ -20,4 +20,5 @@ mod restart_fs;
 mod restart_vsock;
 mod timing;
 mod vfio;
+mod vfio_hotplug;
 mod vfio_vmm;
