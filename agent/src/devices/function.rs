@@ -4,13 +4,14 @@ use std::{
     fs,
     net::IpAddr,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nacre_proto::{
     agent::Function,
     pci::{NoPciAddress, PciAddress},
 };
+use tokio::time::sleep;
 
 use crate::{
     container::spec::DiskNode,
@@ -20,6 +21,8 @@ use crate::{
 
 /// How long a driver may take: the controller has to come up, which is slow on an emulated host.
 const DRIVER_LIMIT: Duration = Duration::from_secs(30);
+/// The pause between two looks for a device that was just added.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 const FUNCTIONS_MAX: usize = 32;
 /// Base classes of PCI (PCI Code and ID Assignment Specification, section 1).
 const MASS_STORAGE: u32 = 0x01;
@@ -85,16 +88,23 @@ pub(crate) async fn nodes(requests: &[FunctionRequest]) -> Result<Vec<DiskNode>,
     Ok(nodes)
 }
 
-/// What a device's class lets expect.
+/// What a device's class lets expect, once the kernel has taken notice of the device.
 async fn parts_of(address: PciAddress) -> Result<Vec<Part>, DeviceError> {
-    match base_class(&folder(Path::new(PCI_DEVICES), address)) {
+    let device = folder(Path::new(PCI_DEVICES), address);
+    let deadline = Instant::now() + DRIVER_LIMIT;
+    let mut class = base_class(&device);
+    while class.is_none() && Instant::now() < deadline {
+        sleep(LOOK_EVERY).await;
+        class = base_class(&device);
+    }
+    match class {
         Some(MASS_STORAGE) => appeared(address, &["block"], DRIVER_LIMIT).await,
         Some(NETWORK) => appeared(address, &["net"], DRIVER_LIMIT).await,
         Some(class) => {
             log::info!("the device at {address} has the class {class:#04x}: left to its driver");
             Ok(Vec::new())
         }
-        None => Err(DeviceError::NotThere { address, limit: Duration::ZERO }),
+        None => Err(DeviceError::NotThere { address, limit: DRIVER_LIMIT }),
     }
 }
 
