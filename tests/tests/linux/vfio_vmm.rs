@@ -5,6 +5,7 @@
 use std::fs;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -15,8 +16,11 @@ use nacre_tests::control::Control;
 use nacre_tests::machine::{Ended, Machine, Running};
 use nacre_tests::nacre::SANDBOX_PATIENCE;
 use nacre_tests::passthrough::{Function, VFIO, named};
+use nacre_tests::process::Signal;
 use tempfile::TempDir;
 use vfio::{Opened, Sysfs, group};
+use vfio_bindings::bindings::vfio::{VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX};
+use vfio_ioctls::{VfioContainer, VfioDevice};
 
 use super::machine::{fs_backend, linux};
 
@@ -135,6 +139,37 @@ fn a_disk_of_the_hosts_comes_and_goes_twenty_times_and_nothing_is_left_of_it() -
     nvme.give_to(NVME)?;
     ensure!(host_sum(&nvme)? == expected, "the host reads something else");
     Ok(())
+}
+
+/// Whether the device may write to memory (PCI Local Bus 3.0, section 6.2.2: command register, bit 2).
+fn is_bus_master(nvme: &Function) -> Result<bool> {
+    let config = fs::read(nvme.folder().join("config"))?;
+    Ok(config.get(4).context("a command register")? & 4 != 0)
+}
+
+#[test]
+fn a_vmm_that_is_killed_leaves_a_device_that_is_reset_and_free() -> Result<()> {
+    let Some(nvme) = named(NVME) else { return Ok(()) };
+    taken_from_host(&nvme)?;
+    let (mut control, theirs) = Control::new()?;
+    let guest = guest(WATCH)?;
+    let mut running = guest.machine.control(theirs).start()?;
+    running.until("READY")?;
+    add(&mut control, &nvme)?;
+    running.until("INTERRUPTS")?;
+    ensure!(is_bus_master(&nvme)?, "the guest's driver is at work");
+    running.process().signal(Signal::KILL)?;
+    ensure!(running.wait()?.code.is_none(), "by a signal");
+    ensure!(!is_bus_master(&nvme)?, "the device may still write to memory");
+    // Another program, with none of our code for it, has the device at once and finds it disabled.
+    let device = VfioDevice::new(&nvme.folder(), Arc::new(VfioContainer::new(None)?))?;
+    // NVM Express 2.0, section 3.1.3: CC at 0x14, of which bit 0 enables the controller.
+    let mut enabled = [0; 4];
+    device.region_write(VFIO_PCI_CONFIG_REGION_INDEX, &2_u16.to_le_bytes(), 4);
+    device.region_read(VFIO_PCI_BAR0_REGION_INDEX, &mut enabled, 0x14);
+    ensure!(u32::from_le_bytes(enabled) & 1 == 0, "the controller is enabled: {enabled:?}");
+    drop(device);
+    nvme.give_to(NVME)
 }
 
 #[test]

@@ -56,20 +56,23 @@ pub fn read_write_flush() {
 
 /// Completions interrupt by MSI-X; a masked vector stays pending and fires when unmasked. A driver
 /// that polls moves the index at which it wants the next interrupt, so each request is taken back
-/// only after its interrupt came.
+/// only after its interrupt came. A device may interrupt once when its queue starts.
 pub fn interrupts() {
     let (function, mut disk) = disk();
     pci::route_msix(function, 1, VECTOR);
     pci::set_queue_vector(function, 0, 1);
     disk.enable_interrupts();
-    for round in 1..=50 {
-        read_waiting_for(&mut disk, |_| count(VECTOR) == round);
+    for _round in 0..50 {
+        let before = count(VECTOR);
+        read_waiting_for(&mut disk, |disk| count(VECTOR) > before && disk.peek_used().is_some());
     }
+    let before = count(VECTOR);
+    assert!((50..=51).contains(&before), "{before} interrupts");
     pci::mask_msix(function, 1, true);
     read_waiting_for(&mut disk, |disk| disk.peek_used().is_some());
-    assert_eq!(count(VECTOR), 50, "masked");
+    assert_eq!(count(VECTOR), before, "masked");
     pci::mask_msix(function, 1, false);
-    while count(VECTOR) < 51 {
+    while count(VECTOR) == before {
         core::hint::spin_loop();
     }
     say!("interrupts={}", count(VECTOR));
