@@ -289,14 +289,16 @@ fn devices_connect_side_by_side_and_the_one_that_fails_is_named() {
     let connected = connect_all(all.collect(), &watchdog).unwrap();
     let ids: Vec<_> = connected.iter().map(|backend| backend.kept().config.id.as_str()).collect();
     assert_eq!(ids, ["a", "b", "c"]);
-    let (silent, _peer) = UnixStream::pair().unwrap();
+    // Each has a socket of its own: one that is given up is shut down.
+    let silent = [0, 1].map(|_| UnixStream::pair().unwrap());
     let limits = Limits { negotiate: Duration::from_millis(50), ..Limits::default() };
-    let slow = |id| {
-        let (config, socket) = device(id, &silent);
+    let slow = |id, (socket, _peer): &(UnixStream, UnixStream)| {
+        let (config, socket) = device(id, socket);
         (DeviceConfig { limits, ..config }, socket)
     };
     let good = Backend::start(Manner::default());
-    let devices = vec![device("good", &good.socket), slow("hung"), slow("hung too")];
+    let devices =
+        vec![device("good", &good.socket), slow("hung", &silent[0]), slow("hung too", &silent[1])];
     let error = connect_all(devices, &watchdog).unwrap_err();
     assert_eq!(error.id, "hung");
     assert!(matches!(error.source, FrontendError::Hung { .. }), "{error}");

@@ -67,8 +67,10 @@ impl Machine {
             "--memory" => value.clone_into(&mut self.memory),
             "--vhost-user" => self.device(value)?,
             "--serial" => self.serial(value)?,
-            // QEMU ends on a reset, has a monitor and a log of its own.
-            "--on-reset" | "--control-fd" | "--log-level" | "--ready-fd" => {}
+            // QEMU ends on a reset, has a monitor and a log of its own, and is asked for no more than
+            // it begins with.
+            "--on-reset" | "--control-fd" | "--log-level" | "--ready-fd" | "--max-cpus"
+            | "--max-memory" => {}
             other => bail!("QEMU is not told about {other}"),
         }
         Ok(())

@@ -20,7 +20,7 @@ use tempfile::TempDir;
 
 const KILLS: u32 = 20;
 /// How long a guest takes to have something outstanding.
-const AT_WORK: Duration = Duration::from_millis(50);
+const AT_WORK: Duration = Duration::from_millis(500);
 
 /// A backend as a command that is started again and again.
 struct Foreign {
