@@ -227,7 +227,7 @@ fn nic_and_share() -> Result<()> {
     ip(&["addr", "add", "10.77.0.1/24", "dev", "t0"])?;
     let mut guest = Guest::boot(CMDLINE, &[])?;
     let mut before = 0;
-    for round in 0..5 {
+    for round in 0..2 {
         let (folder, extra) = (tempfile::tempdir()?, tempfile::tempdir()?);
         let nic_args = ["--tap", "t0", "--mac", "02:00:00:00:00:07"];
         let nic = Backend::start("nacre-net", folder.path(), &nic_args)?;
