@@ -192,16 +192,24 @@ fn parse_hex(text: &str) -> Result<Vec<u8>, String> {
         .collect()
 }
 
-fn parse_assigned(text: &str) -> Result<AssignedConfig, String> {
-    let (mut id, mut address) = (None, None);
-    let mut fds = [None; 3];
+/// What `key=value,key=value` says, each key once.
+fn fields(text: &str) -> impl Iterator<Item = Result<(&str, &str), String>> {
     let mut keys = HashSet::new();
-    for part in text.split(',') {
+    text.split(',').map(move |part| {
         let (key, value) =
             part.split_once('=').ok_or_else(|| format!("{part:?} is no key=value"))?;
         if value.is_empty() || !keys.insert(key) {
             return Err(format!("{key} is empty or given twice"));
         }
+        Ok((key, value))
+    })
+}
+
+fn parse_assigned(text: &str) -> Result<AssignedConfig, String> {
+    let (mut id, mut address) = (None, None);
+    let mut fds = [None; 3];
+    for field in fields(text) {
+        let (key, value) = field?;
         match key {
             "id" => id = Some(value.to_owned()),
             "address" => address = Some(value.parse().map_err(|error| format!("{error}"))?),
@@ -221,19 +229,14 @@ fn parse_assigned(text: &str) -> Result<AssignedConfig, String> {
 }
 
 fn parse_device(text: &str) -> Result<DeviceConfig, String> {
-    let (mut id, mut endpoint, mut device_type) = (None, None, None);
+    let (mut id, mut socket, mut fd, mut device_type) = (None, None, None, None);
     let (mut queues, mut queue_size, mut config_space) = (None, None, None);
-    let mut keys = HashSet::new();
-    for part in text.split(',') {
-        let (key, value) =
-            part.split_once('=').ok_or_else(|| format!("{part:?} is no key=value"))?;
-        if value.is_empty() || !keys.insert(key) {
-            return Err(format!("{key} is empty or given twice"));
-        }
+    for field in fields(text) {
+        let (key, value) = field?;
         match key {
             "id" => id = Some(value.to_owned()),
-            "socket" => endpoint = Some(Endpoint::Socket(value.into())),
-            "fd" => endpoint = Some(Endpoint::Fd(parse_fd(value)?)),
+            "socket" => socket = Some(Endpoint::Socket(value.into())),
+            "fd" => fd = Some(Endpoint::Fd(parse_fd(value)?)),
             "type" => device_type = Some(parse_type(value)?),
             "queues" => queues = Some(parse_number(key, value)?),
             "queue-size" => queue_size = Some(parse_number(key, value)?),
@@ -241,12 +244,12 @@ fn parse_device(text: &str) -> Result<DeviceConfig, String> {
             _ => return Err(format!("{key} is unknown")),
         }
     }
-    if keys.contains("socket") && keys.contains("fd") {
+    if socket.is_some() && fd.is_some() {
         return Err("either socket or fd".to_owned());
     }
     Ok(DeviceConfig {
         id: id.ok_or("id is missing")?,
-        endpoint: endpoint.ok_or("socket or fd is missing")?,
+        endpoint: socket.or(fd).ok_or("socket or fd is missing")?,
         device_type: device_type.ok_or("type is missing")?,
         queues,
         queue_size,

@@ -3,7 +3,11 @@
 //! It does nothing on the data path: a kick goes from the guest through a KVM ioeventfd to a
 //! backend, an interrupt from the backend through an irqfd to the guest.
 
-use std::{error::Error, io};
+use std::{
+    error::Error,
+    io,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use nacre_proto::exit::VmmExit;
 
@@ -89,6 +93,12 @@ impl VmmError {
             _ => VmmExit::Failed,
         }
     }
+}
+
+/// The lock, whatever became of its last holder: state stays usable, and where a thread panicked the
+/// VM is about to end.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// An error and all its causes on one line.

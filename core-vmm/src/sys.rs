@@ -12,83 +12,12 @@ use std::{
     sync::atomic::{AtomicU8, Ordering},
 };
 
-use kvm_bindings::{
-    KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN, kvm_run, kvm_userspace_memory_region,
-};
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN, kvm_run};
+use kvm_ioctls::VcpuFd;
 use libc::{c_int, c_void};
-use vm_memory::{
-    FileOffset, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress, MmapRegion,
-    mmap::MmapRegionBuilder,
-};
 
 fn check(result: c_int) -> io::Result<c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
-}
-
-fn to_len(bytes: u64) -> io::Result<usize> {
-    usize::try_from(bytes).map_err(|_error| io::ErrorKind::OutOfMemory.into())
-}
-
-/// Maps `bytes` of guest memory from its file, at a multiple of `align`, which is a power of two
-/// and a multiple of the page size. The mapping is left out of core dumps.
-///
-/// It is never unmapped: KVM and the regions that describe it may use it for as long as the
-/// process lives.
-///
-/// # Errors
-///
-/// Fails if the host has no room for the mapping.
-pub(crate) fn map_guest_memory(part: FileOffset, bytes: u64, align: u64) -> io::Result<MmapRegion> {
-    let len = to_len(bytes)?;
-    let align = to_len(align)?;
-    let offset = i64::try_from(part.start()).map_err(|_error| io::ErrorKind::InvalidInput)?;
-    let room = len.checked_add(align).ok_or(io::ErrorKind::OutOfMemory)?;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: no address is asked for, so the kernel picks one that nothing uses.
-    let start = unsafe { libc::mmap(ptr::null_mut(), room, libc::PROT_NONE, flags, -1, 0) };
-    if start == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    let aligned = start.map_addr(|address| address.next_multiple_of(align));
-    let prot = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-    let fd = part.file().as_raw_fd();
-    // SAFETY: `aligned..aligned + len` lies in the room that was mapped above and that nothing
-    // else knows of, so replacing it takes nothing away.
-    let mapped = unsafe { libc::mmap(aligned, len, prot, flags | libc::MAP_FIXED, fd, offset) };
-    if mapped == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the range was mapped just now; the advice changes no content.
-    check(unsafe { libc::madvise(mapped, len, libc::MADV_DONTDUMP) })?;
-    // SAFETY: `mapped` is a mapping of `len` bytes with these protections, and it stays for ever.
-    let builder = unsafe { MmapRegionBuilder::new(len).with_raw_mmap_pointer(mapped.cast()) };
-    builder
-        .with_file_offset(part)
-        .with_mmap_prot(prot)
-        .with_mmap_flags(flags)
-        .build()
-        .map_err(io::Error::other)
-}
-
-/// Gives a region of guest memory to KVM as `slot`.
-///
-/// # Errors
-///
-/// Fails if KVM refuses it.
-pub(crate) fn set_memory_slot(vm: &VmFd, slot: u32, region: &GuestRegionMmap) -> io::Result<()> {
-    let host = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?;
-    let slot = kvm_userspace_memory_region {
-        slot,
-        flags: 0,
-        guest_phys_addr: region.start_addr().0,
-        memory_size: region.len(),
-        userspace_addr: host.expose_provenance() as u64,
-    };
-    // SAFETY: regions come from `map_guest_memory`, whose mappings are never taken away, so the
-    // guest can touch nothing else through this slot.
-    unsafe { vm.set_user_memory_region(slot) }.map_err(Into::into)
 }
 
 /// `KVM_GET_STATS_FD`, `_IO(KVMIO, 0xce)`.

@@ -8,9 +8,9 @@ pub const CONVENTIONAL_BYTES: usize = 256;
 /// Bytes of the extended space.
 pub const EXTENDED_BYTES: usize = 4096;
 
-const STATUS: usize = 0x06;
-const STATUS_CAPABILITIES: u8 = 1 << 4;
-const POINTER: usize = 0x34;
+pub(crate) const STATUS: usize = 0x06;
+pub(crate) const STATUS_CAPABILITIES: u8 = 1 << 4;
+pub(crate) const POINTER: usize = 0x34;
 const FIRST: usize = 0x40;
 
 /// Ids of conventional capabilities (PCI Code and ID Assignment 1.15).

@@ -6,14 +6,11 @@
 //! registers are (so no device can write to another one), and nothing of the VMM's.
 
 use std::io;
-use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
+use crate::bar::PAGE_BYTES;
 use crate::container::Container;
-
-/// What the IOMMU can map at least.
-const PAGE_BYTES: u64 = 4096;
 
 /// A range of guest-physical addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,14 +179,14 @@ pub enum DmaError {
 /// A container's mappings.
 #[derive(Debug)]
 pub struct DmaMap {
-    container: Arc<Container>,
+    container: Container,
     ledger: Ledger,
 }
 
 impl DmaMap {
     /// Nothing mapped yet.
     #[must_use]
-    pub fn new(container: Arc<Container>) -> Self {
+    pub fn new(container: Container) -> Self {
         Self { container, ledger: Ledger::default() }
     }
 

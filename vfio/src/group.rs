@@ -170,7 +170,9 @@ impl Sysfs {
         Self(root.to_owned())
     }
 
-    fn device(&self, address: HostAddress) -> PathBuf {
+    /// The device's folder.
+    #[must_use]
+    pub fn device(&self, address: HostAddress) -> PathBuf {
         self.0.join("bus/pci/devices").join(address.to_string())
     }
 

@@ -7,8 +7,8 @@
 
 use crate::bar::{self, BAR_COUNT, Bar};
 use crate::capability::{
-    CONVENTIONAL_BYTES, Capability, EXTENDED_BYTES, MSI_64_BITS, MSI_MASKS, conventional, extended,
-    extended_id, id, long, word,
+    CONVENTIONAL_BYTES, Capability, EXTENDED_BYTES, MSI_64_BITS, MSI_MASKS, POINTER, STATUS,
+    STATUS_CAPABILITIES, conventional, extended, extended_id, id, long, word,
 };
 use crate::config_space::{ConfigSpace, Msi};
 use crate::msix::MsixLayout;
@@ -16,13 +16,10 @@ use crate::msix::MsixLayout;
 pub(crate) const COMMAND: usize = 0x04;
 /// Memory decoding: emulated. The device's own stays on for as long as we have it.
 pub(crate) const COMMAND_MEMORY: u8 = 1 << 1;
-const STATUS: usize = 0x06;
-const STATUS_CAPABILITIES: u8 = 1 << 4;
 const CACHE_LINE: usize = 0x0c;
 const HEADER_TYPE: usize = 0x0e;
 pub(crate) const BARS: usize = 0x10;
 const SUBSYSTEM: usize = 0x2c;
-const POINTER: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
 const INTERRUPT_PIN: usize = 0x3d;
 

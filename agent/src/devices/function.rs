@@ -61,7 +61,12 @@ impl FunctionRequest {
         given.iter().map(Self::parse).collect()
     }
 
-    fn parse(given: &Function) -> Result<Self, FunctionError> {
+    /// Checks one.
+    ///
+    /// # Errors
+    ///
+    /// Fails if an address makes no sense.
+    pub(crate) fn parse(given: &Function) -> Result<Self, FunctionError> {
         let address = given.pci_address.parse()?;
         let addresses = given.addresses.iter().map(|text| cidr(text));
         let interface_addresses = addresses

@@ -76,8 +76,7 @@ impl Order {
                     addresses: function.addresses,
                     ..Function::new()
                 };
-                let parsed = FunctionRequest::parse_all(&[function])?.into_iter().next();
-                Use::Function(parsed.ok_or_else(|| invalid("no device:", ""))?)
+                Use::Function(FunctionRequest::parse(&function)?)
             }
             _ => return Err(invalid("no purpose of a device:", "")),
         };

@@ -43,7 +43,7 @@ use self::registers::Registers;
 use crate::{
     bus::BusDevice,
     event::{GuestEvent, Notifier},
-    pci::bus::locked,
+    locked,
 };
 
 /// The controller of one VM.

@@ -42,6 +42,9 @@ pub(super) fn table(machine: &Machine) -> Sdt {
     sdt
 }
 
+/// How long a method waits for a mutex: without a limit.
+pub(super) const FOR_EVER: u16 = 0xffff;
+
 /// Bytes of AML that were made already.
 pub(crate) struct Raw(pub(crate) Vec<u8>);
 

@@ -24,15 +24,20 @@
 //!
 //! All are 32 bits wide and are written only as a whole.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 mod aml;
 
 pub(super) use aml::append;
 
+use super::ost::{
+    BUS_CHECK, DEVICE_CHECK, EJECT_REQUEST, EJECTION_PENDING, INSERTION_PENDING, OWN_EJECTION,
+    SUCCESS,
+};
 use crate::{
     bus::BusDevice,
     event::{GuestEvent, Notifier},
+    locked,
 };
 
 /// The registers' places; the rest of the range reads as zero.
@@ -48,18 +53,6 @@ const IS_TO_GO: u32 = 1 << 2;
 const EJECT: u32 = 1 << 3;
 /// No unit.
 const NONE: u32 = u32::MAX;
-
-/// What a report is about (ACPI 6.5, table 6.60): a notification of this value, or an ejection that
-/// the guest itself began.
-const BUS_CHECK: u32 = 0;
-const DEVICE_CHECK: u32 = 1;
-const EJECT_REQUEST: u32 = 3;
-const OWN_EJECTION: u32 = 0x103;
-/// It was done.
-const SUCCESS: u32 = 0;
-/// It will be done: an insertion (ACPI 6.5, table 6.62), an ejection (table 6.61).
-const INSERTION_PENDING: u32 = 0x80;
-const EJECTION_PENDING: u32 = 0x84;
 
 /// What a guest did or said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -185,8 +178,7 @@ impl MemoryHotplug {
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {
-        // No code that holds it can panic.
-        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.registers)
     }
 }
 

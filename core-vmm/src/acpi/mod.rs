@@ -7,5 +7,6 @@ pub mod ged;
 pub(crate) mod host_bridge;
 mod interrupt_pins;
 pub mod memory_hotplug;
+mod ost;
 pub mod pci_hotplug;
 pub mod tables;

@@ -48,10 +48,10 @@ impl Device {
     /// Readable when [`Device::process`] has something to do; always the same one, owned by the
     /// device.
     #[must_use]
-    pub fn ready_fd(&self) -> Option<BorrowedFd<'_>> {
+    pub fn ready_fd(&self) -> BorrowedFd<'_> {
         match self {
-            Self::Virtio(device) => Some(device.ready_fd()),
-            Self::Assigned(device) => Some(device.ready_fd()),
+            Self::Virtio(device) => device.ready_fd(),
+            Self::Assigned(device) => device.ready_fd(),
         }
     }
 

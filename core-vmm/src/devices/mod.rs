@@ -192,10 +192,9 @@ impl Devices {
     ) -> Result<PciAddress, DevicesError> {
         let id = || device.name().to_owned();
         let key = self.next_key();
-        if let Some(fd) = device.ready_fd() {
-            // The descriptor leaves the set it is watched in when it is closed.
-            watch(key, fd).map_err(|source| DevicesError::Unwatched { id: id(), source })?;
-        }
+        // The descriptor leaves the set it is watched in when it is closed.
+        watch(key, device.ready_fd())
+            .map_err(|source| DevicesError::Unwatched { id: id(), source })?;
         let address = self
             .hotplug
             .plug(&device.function())
@@ -282,7 +281,7 @@ impl Devices {
 
     /// What is readable when a device wants [`Devices::process`].
     pub fn ready_fds(&self) -> impl Iterator<Item = (DeviceKey, BorrowedFd<'_>)> {
-        self.all.iter().filter_map(|entry| Some((entry.key, entry.device.ready_fd()?)))
+        self.all.iter().map(|entry| (entry.key, entry.device.ready_fd()))
     }
 
     /// Lets a device do what is to do, if it is still there. True if the next event asks the guest

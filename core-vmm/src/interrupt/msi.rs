@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Gsi, Irqchip, MsiMessage, MsiRoute};
-use crate::pci::bus::locked;
+use crate::locked;
 
 /// The first GSI after the pins of the in-kernel IOAPIC.
 const FIRST_GSI: u32 = 24;

@@ -3,14 +3,14 @@
 use std::{
     fs::File,
     io::{self, Write},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard},
 };
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vm_superio::{Serial, Trigger, serial::SerialEvents};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::bus::BusDevice;
+use crate::{bus::BusDevice, locked};
 
 /// The first port of COM1.
 pub const PORT: u16 = 0x3f8;
@@ -99,7 +99,7 @@ impl SerialPort {
 
     /// The UART is valid after each of its operations, so a panic elsewhere spoils nothing.
     fn uart(&self) -> MutexGuard<'_, Uart> {
-        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.uart)
     }
 
     /// What to register with KVM for its interrupt.

@@ -22,8 +22,8 @@ use vm_memory::{
 use super::{
     layout::{RAM_ALIGN_BYTES, Ram, max_ram_bytes},
     slots::{NoSlot, Slot, Slots},
+    sys,
 };
-use crate::sys;
 
 /// Why there is no guest memory.
 #[derive(Debug, thiserror::Error)]
@@ -151,8 +151,7 @@ impl GuestRam {
         for range in ram.ranges() {
             let len = range.end - range.start;
             let part = FileOffset::from_arc(Arc::clone(&file), offset);
-            let region =
-                sys::map_guest_memory(part, len, RAM_ALIGN_BYTES).map_err(failed("map"))?;
+            let region = sys::map_for_good(part, len, RAM_ALIGN_BYTES).map_err(failed("map"))?;
             let region = GuestRegionMmap::new(region, GuestAddress(range.start))
                 .ok_or(MemoryError::Region(range.start))?;
             regions.push(region);
@@ -171,8 +170,11 @@ impl GuestRam {
     pub fn register(&mut self, vm: &VmFd, slots: &Slots) -> Result<(), MemoryError> {
         for region in self.memory.iter() {
             let slot = slots.take()?;
-            sys::set_memory_slot(vm, slot.number(), region).map_err(|source| {
-                MemoryError::Slot { start: region.start_addr().0, bytes: region.len(), source }
+            let (start, bytes) = (region.start_addr().0, region.len());
+            sys::set_slot(vm, &slot, region, bytes).map_err(|source| MemoryError::Slot {
+                start,
+                bytes,
+                source,
             })?;
             self.slots.push(slot);
         }
@@ -204,14 +206,18 @@ impl GuestRam {
     ///
     /// Fails if the host can't punch a hole into the memory file.
     pub fn wipe(&self) -> Result<(), MemoryError> {
-        let bytes = self.ram.ranges().map(|range| range.end - range.start).sum();
-        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&self.file, hole, 0, bytes).map_err(|error| MemoryError::File {
-            action: "clear",
-            bytes,
-            source: error.into(),
-        })
+        clear(&self.file, self.ram.ranges().map(|range| range.end - range.start).sum())
     }
+}
+
+/// Makes a memory file's first `bytes` zero and gives the host's pages back.
+pub(super) fn clear(file: &File, bytes: u64) -> Result<(), MemoryError> {
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(file, hole, 0, bytes).map_err(|error| MemoryError::File {
+        action: "clear",
+        bytes,
+        source: error.into(),
+    })
 }
 
 /// A memory file of `bytes` that nobody can resize.

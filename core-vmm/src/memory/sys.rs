@@ -1,4 +1,4 @@
-//! RAM that comes and goes as host mappings and KVM slots: what the compiler can't check of it.
+//! Guest RAM as host mappings and KVM slots: what the compiler can't check of it.
 #![expect(unsafe_code, reason = "mappings and KVM's slots have no safe interface")]
 
 use std::{
@@ -12,7 +12,7 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use libc::c_void;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+    FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress, MmapRegion,
     mmap::MmapRegionBuilder,
 };
 
@@ -76,6 +76,12 @@ impl Room {
         part: FileOffset,
         (guest, bytes): (GuestAddress, u64),
     ) -> io::Result<Mapping> {
+        let region = self.region(at, part, bytes)?;
+        let region = GuestRegionMmap::new(region, guest).ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(Mapping { region: Arc::new(region), in_kvm: None })
+    }
+
+    fn region(&self, at: u64, part: FileOffset, bytes: u64) -> io::Result<MmapRegion> {
         let (at, len) = (to_len(at)?, to_len(bytes)?);
         let offset = i64::try_from(part.start()).map_err(|_error| io::ErrorKind::InvalidInput)?;
         if at.checked_add(len).is_none_or(|end| end > self.bytes) {
@@ -85,8 +91,8 @@ impl Room {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
         let fd = part.file().as_raw_fd();
-        // SAFETY: the place was reserved by `reserve` and nothing but a `Mapping` is ever there;
-        // where one is, its memory is replaced by other memory, of the same guest's.
+        // SAFETY: the place was reserved by `reserve` and nothing but guest memory is ever there;
+        // where some is, it is replaced by other memory, of the same guest's.
         let mapped = unsafe { libc::mmap(place, len, prot, flags | libc::MAP_FIXED, fd, offset) };
         if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
@@ -95,18 +101,52 @@ impl Room {
         if unsafe { libc::madvise(mapped, len, libc::MADV_DONTDUMP) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: `mapped` is a mapping of `len` bytes with these protections. It stays until the
-        // `Mapping` that owns the one region made of it finds that nobody else has that region.
+        // SAFETY: `mapped` is a mapping of `len` bytes with these protections. It stays for ever, or
+        // until the `Mapping` that owns the one region made of it finds that nobody else has that.
         let builder = unsafe { MmapRegionBuilder::new(len).with_raw_mmap_pointer(mapped.cast()) };
-        let region = builder
+        builder
             .with_file_offset(part)
             .with_mmap_prot(prot)
             .with_mmap_flags(flags)
             .build()
-            .map_err(io::Error::other)?;
-        let region = GuestRegionMmap::new(region, guest).ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(Mapping { region: Arc::new(region), in_kvm: None })
+            .map_err(io::Error::other)
     }
+}
+
+/// Maps `bytes` of guest memory from its file for as long as the process lives, at a multiple of
+/// `align`, which is a power of two and a multiple of the page size. The mapping is left out of core
+/// dumps.
+///
+/// # Errors
+///
+/// Fails if the host has no room for the mapping.
+pub(super) fn map_for_good(part: FileOffset, bytes: u64, align: u64) -> io::Result<MmapRegion> {
+    Room::reserve(bytes, align)?.region(0, part, bytes)
+}
+
+/// Gives `bytes` of a region to KVM as a slot; a slot of no bytes is one that KVM forgets.
+///
+/// # Errors
+///
+/// Fails if KVM refuses it.
+pub(super) fn set_slot(
+    vm: &VmFd,
+    slot: &Slot,
+    region: &GuestRegionMmap,
+    bytes: u64,
+) -> io::Result<()> {
+    let host = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?;
+    let slot = kvm_userspace_memory_region {
+        slot: slot.number(),
+        flags: 0,
+        guest_phys_addr: region.start_addr().0,
+        memory_size: bytes,
+        userspace_addr: host.expose_provenance() as u64,
+    };
+    // SAFETY: the slot is this region's alone. The region is one that was mapped for good, or a
+    // `Mapping`'s, which is not taken away before KVM has forgotten the slot: the guest can touch
+    // nothing else through it.
+    unsafe { vm.set_user_memory_region(slot) }.map_err(Into::into)
 }
 
 /// A piece of memory that is mapped, and maybe in KVM. Both end when it is dropped.
@@ -127,25 +167,9 @@ impl Mapping {
     ///
     /// Fails if KVM refuses it.
     pub(super) fn show(&mut self, vm: &Arc<VmFd>, slot: Slot) -> io::Result<()> {
-        self.set_slot(vm, &slot, self.region.len())?;
+        set_slot(vm, &slot, &self.region, self.region.len())?;
         self.in_kvm = Some((Arc::clone(vm), slot));
         Ok(())
-    }
-
-    /// A slot of no bytes is one that KVM forgets.
-    fn set_slot(&self, vm: &VmFd, slot: &Slot, bytes: u64) -> io::Result<()> {
-        let host =
-            self.region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?;
-        let slot = kvm_userspace_memory_region {
-            slot: slot.number(),
-            flags: 0,
-            guest_phys_addr: self.region.start_addr().0,
-            memory_size: bytes,
-            userspace_addr: host.expose_provenance() as u64,
-        };
-        // SAFETY: the slot is this mapping's alone, and the mapping is not taken away before KVM
-        // has forgotten the slot.
-        unsafe { vm.set_user_memory_region(slot) }.map_err(Into::into)
     }
 }
 
@@ -153,7 +177,7 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         let start = self.region.start_addr().0;
         if let Some((vm, slot)) = self.in_kvm.take()
-            && let Err(error) = self.set_slot(&vm, &slot, 0)
+            && let Err(error) = set_slot(&vm, &slot, &self.region, 0)
         {
             // The guest may see it still, so it stays, and so does the slot.
             log::error!("KVM does not give up guest memory at {start:#x}: {error}");

@@ -5,15 +5,14 @@
 //! was taken away (because it was taken over, or because the kernel still reads a disk into it)
 //! writes to memory that is nobody's any more: what is plugged next is zero.
 
-use std::{fs::File, io, sync::Arc};
+use std::{fs::File, sync::Arc};
 
 use kvm_ioctls::VmFd;
-use rustix::fs::{FallocateFlags, fallocate};
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
 use super::{
     hotplug::Plan,
-    region::{MemoryError, memory_file},
+    region::{MemoryError, clear, memory_file},
     slots::Slots,
     sys::{Mapping, Room},
 };
@@ -112,9 +111,7 @@ impl Unit {
 
 impl Pages {
     fn give_back(&self) -> Result<(), MemoryError> {
-        let failed = |source| MemoryError::File { action: "clear", bytes: self.bytes, source };
-        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&self.file, hole, 0, self.bytes).map_err(io::Error::from).map_err(failed)
+        clear(&self.file, self.bytes)
     }
 }
 

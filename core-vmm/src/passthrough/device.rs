@@ -9,14 +9,14 @@ use rustix::event::epoll;
 use vfio::config_space::ConfigSpace;
 use vfio::{Container, Device, DmaMap, DmaRange, InterruptKind, Opened, RegionIndex, bar};
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::function::{AssignedFunction, Parts, Shown};
 use super::interrupts::Interrupts;
 use super::kvm::KvmVfio;
 use super::line::{self, Line};
 use super::sys::Window;
-use super::{AssignError, Services};
+use super::{AssignError, Services, event};
 use crate::error_chain;
 use crate::interrupt::descriptor;
 use crate::pci::{PciFunction, Slot};
@@ -65,7 +65,7 @@ impl Assigned {
         services: &Services,
         memory: &GuestMemoryMmap,
     ) -> Result<Self, AssignError> {
-        let container = Arc::new(Container::from_fd(opened.container)?);
+        let container = Container::from_fd(opened.container)?;
         let device = Arc::new(Device::new(opened.device)?);
         let function = Arc::new(function(name, &device, services)?);
         let (error, wanted) = (event()?, event()?);
@@ -153,12 +153,6 @@ impl Assigned {
         Ok(self.dma.remove(DmaRange { start: start.0, len_bytes })?)
     }
 
-    /// How much memory is pinned for it.
-    #[must_use]
-    pub fn pinned_bytes(&self) -> u64 {
-        self.dma.len_bytes()
-    }
-
     /// Back to power-on, with every vCPU stopped; the bus resets the configuration. The device
     /// reaches no memory until [`Assigned::resume`]: what a reset of the VM does to the guest's
     /// memory gives it new pages.
@@ -206,11 +200,6 @@ fn decode_memory(device: &Device) -> Result<(), vfio::DeviceError> {
 
 fn not_made(source: io::Error) -> AssignError {
     AssignError::Host { what: "an epoll instance", source }
-}
-
-fn event() -> Result<EventFd, AssignError> {
-    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-        .map_err(|source| AssignError::Host { what: "an eventfd", source })
 }
 
 /// The half that goes onto the bus.

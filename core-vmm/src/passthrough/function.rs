@@ -13,7 +13,7 @@ use vfio::{Device, RegionIndex};
 use super::interrupts::Interrupts;
 use super::sys::Window;
 use crate::error_chain;
-use crate::pci::bus::locked;
+use crate::locked;
 use crate::pci::complaint::Complaints;
 use crate::pci::{AddressRange, BarIndex, BarSpec, BarWidth, ConfigEffect, PciFunction};
 

@@ -11,7 +11,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{DeviceFd, VmFd};
 
-use crate::pci::bus::locked;
+use crate::locked;
 
 /// KVM's device of this kind, made when the first group comes.
 pub(super) struct KvmVfio {

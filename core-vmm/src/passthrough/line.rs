@@ -13,9 +13,9 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 use vfio::{Device, InterruptKind};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::AssignError;
+use super::{AssignError, event};
 use crate::pci::Slot;
 
 /// The first pin of the I/O APIC that no legacy device has.
@@ -50,9 +50,7 @@ impl Line {
         if device.interrupts(InterruptKind::IntX) == 0 {
             return Ok(None);
         }
-        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
-        let failed = |source| AssignError::Host { what: "an eventfd", source };
-        let (raised, ended) = (event().map_err(failed)?, event().map_err(failed)?);
+        let (raised, ended) = (event()?, event()?);
         Ok(Some(Self { vm, device, raised, ended, pin: None, is_on: false }))
     }
 

@@ -42,6 +42,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use device::{Assigned, Trouble};
 
@@ -120,4 +121,9 @@ pub fn allow_pinning() {
     if let Err(error) = setrlimit(Resource::Memlock, Rlimit { current: maximum, maximum }) {
         log::warn!("can't raise the limit of locked memory: {error}");
     }
+}
+
+fn event() -> Result<EventFd, AssignError> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+        .map_err(|source| AssignError::Host { what: "an eventfd", source })
 }

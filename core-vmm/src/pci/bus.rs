@@ -6,12 +6,13 @@
 //! over its memory, the interrupt controllers or the ECAM finds nothing there.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::bar::{AddressRange, BarIndex, BarSpec, BarWidth, WindowAllocator};
 use super::host_bridge::HostBridge;
 use super::slot::{SLOT_COUNT, Slot, SlotAllocator};
 use super::{ConfigEffect, PciFunction};
+use crate::locked;
 
 /// A BAR of at most this length is placed below 4 GiB, where any guest reaches it; longer ones go
 /// to the high window if they have 64 bits.
@@ -78,12 +79,6 @@ struct Mapped {
     slot: Slot,
     bar: BarIndex,
     function: Arc<dyn PciFunction>,
-}
-
-/// A poisoned lock means that another vCPU's thread panicked; register state stays usable, and the
-/// VM is about to end.
-pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl PciBus {

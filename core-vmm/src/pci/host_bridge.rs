@@ -6,9 +6,9 @@
 use std::sync::Mutex;
 
 use super::bar::{AddressRange, BarIndex, BarSpec};
-use super::bus::locked;
 use super::config_space::{CONVENTIONAL_LEN_BYTES, ConfigSpace, Effect, Identity};
 use super::{ConfigEffect, PciFunction};
+use crate::locked;
 
 /// The id that Red Hat gave to generic PCI Express host bridges.
 const IDENTITY: Identity = Identity {

@@ -19,7 +19,7 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use crate::boot::Entry;
+use crate::{boot::Entry, locked};
 
 /// What a vCPU thread is to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,7 +113,7 @@ impl Gate {
 
     /// The state is plain numbers that are right at any moment, so a panic elsewhere spoils none.
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.state)
     }
 
     fn give(&self, state: &mut State, order: Order) {

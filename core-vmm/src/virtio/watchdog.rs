@@ -13,6 +13,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::locked;
+
 /// Enough for a loop and a log line.
 const STACK_BYTES: usize = 128 << 10;
 
@@ -77,7 +79,7 @@ impl Deadline {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Watched> {
-        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.watched)
     }
 }
 

@@ -31,7 +31,7 @@ impl Host {
 
     /// The folder of a device.
     pub(super) fn device(&self, address: HostAddress) -> PathBuf {
-        self.root.join("sys/bus/pci/devices").join(address.to_string())
+        self.sysfs().device(address)
     }
 
     /// The folder of a driver.

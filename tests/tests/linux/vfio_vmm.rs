@@ -67,8 +67,11 @@ fn host_sum(nvme: &Function) -> Result<String> {
 /// A guest that runs `script` from its share, and what it needs.
 struct Guest {
     machine: Machine,
-    _share: (TempDir, TempDir, Backend),
+    share: Share,
 }
+
+/// The guest's share and what serves it.
+type Share = (TempDir, TempDir, Backend);
 
 fn guest(script: &str) -> Result<Guest> {
     let (dir, share) = (tempfile::tempdir()?, tempfile::tempdir()?);
@@ -78,7 +81,16 @@ fn guest(script: &str) -> Result<Guest> {
         "fs",
         backend.socket(),
     );
-    Ok(Guest { machine, _share: (dir, share, backend) })
+    Ok(Guest { machine, share: (dir, share, backend) })
+}
+
+/// A guest that watches for its disk, and runs.
+fn watching() -> Result<(Share, Control, Running)> {
+    let (control, theirs) = Control::new()?;
+    let guest = guest(WATCH)?;
+    let mut running = guest.machine.control(theirs).start()?;
+    running.until("READY")?;
+    Ok((guest.share, control, running))
 }
 
 fn add(control: &mut Control, nvme: &Function) -> Result<()> {
@@ -118,10 +130,7 @@ fn held(running: &mut Running) -> Result<(usize, usize)> {
 fn a_disk_of_the_hosts_comes_and_goes_twenty_times_and_nothing_is_left_of_it() -> Result<()> {
     let Some(nvme) = named(NVME) else { return Ok(()) };
     let expected = taken_from_host(&nvme)?;
-    let (mut control, theirs) = Control::new()?;
-    let guest = guest(WATCH)?;
-    let mut running = guest.machine.control(theirs).start()?;
-    running.until("READY")?;
+    let (_share, mut control, mut running) = watching()?;
     let mut after_the_first = None;
     for cycle in 0..CYCLES {
         add(&mut control, &nvme)?;
@@ -151,10 +160,7 @@ fn is_bus_master(nvme: &Function) -> Result<bool> {
 fn a_vmm_that_is_killed_leaves_a_device_that_is_reset_and_free() -> Result<()> {
     let Some(nvme) = named(NVME) else { return Ok(()) };
     taken_from_host(&nvme)?;
-    let (mut control, theirs) = Control::new()?;
-    let guest = guest(WATCH)?;
-    let mut running = guest.machine.control(theirs).start()?;
-    running.until("READY")?;
+    let (_share, mut control, mut running) = watching()?;
     add(&mut control, &nvme)?;
     running.until("INTERRUPTS")?;
     ensure!(is_bus_master(&nvme)?, "the guest's driver is at work");
@@ -176,10 +182,7 @@ fn a_vmm_that_is_killed_leaves_a_device_that_is_reset_and_free() -> Result<()> {
 fn the_host_gets_a_disk_back_when_it_wants_it() -> Result<()> {
     let Some(nvme) = named(NVME) else { return Ok(()) };
     taken_from_host(&nvme)?;
-    let (mut control, theirs) = Control::new()?;
-    let guest = guest(WATCH)?;
-    let mut running = guest.machine.control(theirs).start()?;
-    running.until("READY")?;
+    let (_share, mut control, mut running) = watching()?;
     add(&mut control, &nvme)?;
     running.until("FOUND ")?;
     let (unbind, address) = (nvme.folder().join("driver/unbind"), nvme.address.clone());
@@ -269,10 +272,7 @@ fn what_the_vmm_can_t_be_given_is_refused_with_the_reason() -> Result<()> {
     let ended = run_with(&absent, "")?;
     ensure!(ended.said.contains("there is no PCI device 0000:7f:1f.7"), "{ended:#?}");
     let null = Path::new("/dev/null");
-    let (mut control, theirs) = Control::new()?;
-    let guest = guest(WATCH)?;
-    let mut running = guest.machine.control(theirs).start()?;
-    running.until("READY")?;
+    let (_share, mut control, running) = watching()?;
     let kind = NewDeviceKind::Vfio { address: nvme.address.clone() };
     let command = Command::AddDevice { device: NewDevice { id: "disk".to_owned(), kind } };
     let nulls = [fs::File::open(null)?, fs::File::open(null)?, fs::File::open(null)?];

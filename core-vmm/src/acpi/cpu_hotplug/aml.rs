@@ -15,17 +15,16 @@ use acpi_tables::{
 
 use super::registers::{CAME, EJECT, IS_THERE, IS_TO_GO, NONE};
 use crate::{
-    acpi::{dsdt::Raw, tables},
+    acpi::{
+        dsdt::{FOR_EVER, Raw},
+        ost::{DEVICE_CHECK, EJECT_REQUEST},
+        tables,
+    },
     memory::layout,
 };
 
-/// Values of `Notify` on any device (ACPI 6.5, table 5.134).
-const DEVICE_CHECK: u8 = 1;
-const EJECT_REQUEST: u8 = 3;
 /// `_STA`: present, enabled, shown, working.
 const ALL_WELL: u8 = 0xf;
-/// Without a limit.
-const FOR_EVER: u16 = 0xffff;
 
 fn path(name: &str) -> Path {
     Path::new(name)
@@ -148,7 +147,7 @@ fn notification(aml: &mut Vec<u8>, possible: u32) {
 /// `CSCN`. Each round takes something unseen away, so it ends.
 fn scan(aml: &mut Vec<u8>, possible: u32) {
     let (select, status, next) = (path("CSEL"), path("CSTS"), path("CNXT"));
-    let take = |bit: u32, value: u8| {
+    let take = |bit: u32, value: u32| {
         let seen = Store::new(&status, &bit);
         let tell = MethodCall::new(path("CTFY"), vec![&Local(0), &value]);
         If::new(&And::new(&ZERO, &Local(1), &bit), vec![&seen, &tell]).bytes()

@@ -1,6 +1,6 @@
 //! The registers as a pure state machine.
 
-use crate::pci::complaint::Complaints;
+use crate::{acpi::ost, pci::complaint::Complaints};
 
 pub(super) const SELECT: u64 = 0x00;
 pub(super) const STATUS: u64 = 0x04;
@@ -94,20 +94,6 @@ pub(super) struct Registers {
     /// At most two for each change of a vCPU that the control thread made.
     news: Vec<News>,
     complaints: Complaints,
-}
-
-/// What an `_OST` is about (ACPI 6.5, 6.3.5): a notification's value, or an ejection that began in
-/// the guest.
-mod ost {
-    pub(super) const BUS_CHECK: u32 = 0;
-    pub(super) const DEVICE_CHECK: u32 = 1;
-    pub(super) const EJECT_REQUEST: u32 = 3;
-    pub(super) const EJECT_BY_GUEST: u32 = 0x103;
-    pub(super) const SUCCESS: u32 = 0;
-    /// Insertion has begun.
-    pub(super) const INSERTING: u32 = 0x80;
-    /// Ejection has begun.
-    pub(super) const EJECTING: u32 = 0x84;
 }
 
 impl Registers {
@@ -251,11 +237,11 @@ impl Registers {
         };
         let (was_to_go, is_outcome) = match (cpu.stage, event) {
             (Stage::Arriving, ost::BUS_CHECK | ost::DEVICE_CHECK) => {
-                (false, status != ost::INSERTING)
+                (false, status != ost::INSERTION_PENDING)
             }
             // A success is told before the guest ejects it or after, and is none without that.
-            (Stage::Leaving, ost::EJECT_REQUEST | ost::EJECT_BY_GUEST) => {
-                (true, !matches!(status, ost::SUCCESS | ost::EJECTING))
+            (Stage::Leaving, ost::EJECT_REQUEST | ost::OWN_EJECTION) => {
+                (true, !matches!(status, ost::SUCCESS | ost::EJECTION_PENDING))
             }
             _ => return,
         };

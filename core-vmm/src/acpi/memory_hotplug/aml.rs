@@ -12,10 +12,11 @@ use acpi_tables::{
 };
 
 use super::{DEVICE_CHECK, EJECT, EJECT_REQUEST, HAS_COME, IS_TO_GO, NONE, PRESENT};
-use crate::memory::{hotplug::Plan, layout};
+use crate::{
+    acpi::dsdt::{FOR_EVER, Raw},
+    memory::{hotplug::Plan, layout},
+};
 
-/// Nobody waits longer than for ever.
-const NO_TIMEOUT: u16 = 0xffff;
 /// `_STA` of a device that is there (ACPI 6.5, 6.3.7): present, enabled, shown, working.
 const THERE: u8 = 0xf;
 
@@ -24,7 +25,7 @@ fn path(name: &str) -> Path {
 }
 
 fn lock() -> Acquire {
-    Acquire::new(path("MLCK"), NO_TIMEOUT)
+    Acquire::new(path("MLCK"), FOR_EVER)
 }
 
 fn unlock() -> Release {
@@ -47,15 +48,6 @@ pub(in crate::acpi) fn append(aml: &mut Vec<u8>, plan: &Plan) {
     let inside = Raw(inside);
     let controller = Device::new(path("MEMH"), vec![&id, &uid, &inside]);
     Scope::new(path("_SB_"), vec![&controller]).to_aml_bytes(aml);
-}
-
-/// Bytes of AML that were made already.
-struct Raw(Vec<u8>);
-
-impl Aml for Raw {
-    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        sink.vec(&self.0);
-    }
 }
 
 fn registers(aml: &mut Vec<u8>) {

@@ -13,12 +13,18 @@ use acpi_tables::{
     },
 };
 
-use super::registers::{DEVICE_CHECK, DOWN, EJECT, EJECT_REQUEST, SELECT, STATUS, UP};
-use crate::{acpi::dsdt::Raw, memory::layout, pci::slot::SLOT_COUNT};
+use super::registers::{DOWN, EJECT, SELECT, STATUS, UP};
+use crate::{
+    acpi::{
+        dsdt::{FOR_EVER, Raw},
+        ost::{DEVICE_CHECK, EJECT_REQUEST},
+    },
+    memory::layout,
+    pci::slot::SLOT_COUNT,
+};
 
 /// The scan, for the event device.
 pub(crate) const SCAN: &str = "\\_SB_.PCIH.PSCN";
-const FOREVER: u16 = 0xffff;
 
 /// The host bridge of `segment`.
 pub(crate) fn bridge(segment: u16) -> String {
@@ -55,7 +61,7 @@ pub(crate) fn append(aml: &mut Vec<u8>, segments: u16) {
                     2,
                     true,
                     vec![
-                        &Acquire::new(Path::new("PMTX"), FOREVER),
+                        &Acquire::new(Path::new("PMTX"), FOR_EVER),
                         &Store::new(&Path::new("PSEG"), &Arg(0)),
                         &Store::new(&Path::new("PHEJ"), &Arg(1)),
                         &Release::new(Path::new("PMTX")),
@@ -66,7 +72,7 @@ pub(crate) fn append(aml: &mut Vec<u8>, segments: u16) {
                     4,
                     true,
                     vec![
-                        &Acquire::new(Path::new("PMTX"), FOREVER),
+                        &Acquire::new(Path::new("PMTX"), FOR_EVER),
                         &Store::new(&Path::new("PSEG"), &Arg(0)),
                         &Store::new(&Path::new("PHSL"), &Arg(1)),
                         &Store::new(&Path::new("PHEV"), &Arg(2)),
@@ -83,7 +89,7 @@ pub(crate) fn append(aml: &mut Vec<u8>, segments: u16) {
 /// What was added is notified before what is to go: it may be the same slot's.
 fn scan(segments: u16) -> Raw {
     let mut body = Vec::new();
-    Acquire::new(Path::new("PMTX"), FOREVER).to_aml_bytes(&mut body);
+    Acquire::new(Path::new("PMTX"), FOR_EVER).to_aml_bytes(&mut body);
     for segment in 0..segments {
         let notify = || Path::new(&format!("\\_SB_.{}.PNTF", bridge(segment)));
         Store::new(&Path::new("PSEG"), &segment).to_aml_bytes(&mut body);

@@ -23,7 +23,8 @@ use self::registers::{Effect, Registers};
 use crate::{
     bus::BusDevice,
     event::{GuestEvent, Notifier},
-    pci::{PciAddress, PciFunction, PciRoot, bus::PciError, bus::locked, complaint::Complaints},
+    locked,
+    pci::{PciAddress, PciFunction, PciRoot, bus::PciError, complaint::Complaints},
 };
 
 /// What the guest made of a request to give up a function.

@@ -23,7 +23,10 @@
 //! 0x18 STATUS  w   the status (ACPI 6.5, section 6.3.5)
 //! ```
 
-use crate::pci::{PciAddress, Slot, slot::SLOT_COUNT};
+use crate::{
+    acpi::ost::{DEVICE_CHECK, EJECT_REQUEST, EJECTION_PENDING, OWN_EJECTION, SUCCESS},
+    pci::{PciAddress, Slot, slot::SLOT_COUNT},
+};
 
 pub(super) const SELECT: u64 = 0x00;
 pub(super) const UP: u64 = 0x04;
@@ -32,17 +35,6 @@ pub(super) const EJECT: u64 = 0x0c;
 pub(super) const STATUS_SLOT: u64 = 0x10;
 pub(super) const STATUS_EVENT: u64 = 0x14;
 pub(super) const STATUS: u64 = 0x18;
-
-/// Value of `Notify` that asks to look for a device (ACPI 6.5, table 5.187).
-pub(super) const DEVICE_CHECK: u8 = 1;
-/// Value of `Notify` that asks to eject a device.
-pub(super) const EJECT_REQUEST: u8 = 3;
-/// Source event of an ejection that was begun in the guest (ACPI 6.5, table 6.30).
-const EJECTION_PROCESSING: u32 = 0x103;
-
-const SUCCESS: u32 = 0;
-/// The guest is about it (ACPI 6.5, tables 6.32 and 6.33).
-const IN_PROGRESS: u32 = 0x84;
 
 /// What an access asks of the owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -194,14 +186,14 @@ impl Registers {
         let Some(address) = self.selected(self.status_slot) else {
             return Effect::Refused("has a status of what can't be there");
         };
-        if status == SUCCESS || status == IN_PROGRESS {
+        if status == SUCCESS || status == EJECTION_PENDING {
             return Effect::None;
         }
         let occupancy = self.occupancy(address);
-        if event == u32::from(DEVICE_CHECK) && occupancy == Occupancy::Present {
+        if event == DEVICE_CHECK && occupancy == Occupancy::Present {
             return Effect::Unusable(address, status);
         }
-        let about_ejection = event == u32::from(EJECT_REQUEST) || event == EJECTION_PROCESSING;
+        let about_ejection = event == EJECT_REQUEST || event == OWN_EJECTION;
         match self.at(address) {
             Some((down, slot)) if about_ejection && *slot == Occupancy::Leaving => {
                 *slot = Occupancy::Present;

@@ -14,7 +14,7 @@ use super::device_kind::DeviceKind;
 use super::doorbell::Doorbells;
 use super::pci_registers::{Activation, ConfigWrite, Effect, PciRegisters};
 use crate::interrupt::Vectors;
-use crate::pci::bus::locked;
+use crate::locked;
 use crate::pci::complaint::Complaints;
 use crate::pci::config_space::{self, CONVENTIONAL_LEN_BYTES, ConfigSpace, Identity};
 use crate::pci::{AddressRange, BarIndex, BarSpec, ConfigEffect, PciFunction};

@@ -73,22 +73,10 @@ impl Operator {
             Err(why) => return Answer::Refused(why),
         };
         let request = self.request(address, purpose(&function));
-        if let Err(error) = self.agent.detach(&request).await {
-            let why = error_chain(&error);
-            return if error.is_refusal() { Answer::Kept(why) } else { Answer::Refused(why) };
-        }
-        let answer = self.take_off(id).await;
-        match &answer {
-            Answer::Removed => {
-                functions.remove(id);
-                self.give_back(function.address).await;
-            }
-            Answer::Kept(_) | Answer::Refused(_) => {
-                if let Err(error) = self.agent.attach(&request).await {
-                    log::warn!("`{id}` stays and the container does not get it back: {error}");
-                }
-            }
-            _ => {}
+        let answer = self.withdraw(id, &request).await;
+        if matches!(answer, Answer::Removed) {
+            functions.remove(id);
+            self.give_back(function.address).await;
         }
         answer
     }

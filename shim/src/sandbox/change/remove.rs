@@ -27,13 +27,19 @@ impl Operator {
             Ok(request) => request,
             Err(why) => return Answer::Refused(why),
         };
-        if let Err(error) = self.agent.detach(&request).await {
+        self.withdraw(device, &request).await
+    }
+
+    /// Has the agent let go of a device, as `request` says, and then the guest's kernel. What does
+    /// not go is given back to the container.
+    pub(super) async fn withdraw(&self, device: &str, request: &DeviceRequest) -> Answer {
+        if let Err(error) = self.agent.detach(request).await {
             let why = error_chain(&error);
             return if error.is_refusal() { Answer::Kept(why) } else { Answer::Refused(why) };
         }
         let answer = self.take_off(device).await;
         if matches!(answer, Answer::Kept(_) | Answer::Refused(_))
-            && let Err(error) = self.agent.attach(&request).await
+            && let Err(error) = self.agent.attach(request).await
         {
             log::warn!("`{device}` stays and the container does not get it back: {error}");
         }

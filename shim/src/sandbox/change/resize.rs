@@ -97,7 +97,7 @@ impl Operator {
                     }
                     Err(format!("the guest uses {online} of {cpus} CPUs"))
                 };
-                self.until_used(used, declined).await
+                until_used(used, declined).await
             }
             Step::MoreMemory { from, to } => {
                 let asked = self.agent.use_resources(0, 0, USED_WITHIN).await;
@@ -116,7 +116,7 @@ impl Operator {
                     let used = ByteSize(has.saturating_sub(had));
                     Err(format!("the guest uses {used} of {} more memory", ByteSize(more)))
                 };
-                self.until_used(used, declined).await
+                until_used(used, declined).await
             }
             Step::FewerCpus(cpus) => {
                 let (news, before) = (self.link.cpus(), self.link.heard());
@@ -138,17 +138,16 @@ impl Operator {
             error => Stopped::HalfWay(words(&error)),
         })
     }
+}
 
-    /// Waits for what the agent says, or what the guest's kernel says before that.
-    async fn until_used(
-        &self,
-        used: impl Future<Output = Result<(), Why>>,
-        declined: impl Future<Output = Why>,
-    ) -> Result<(), Stopped> {
-        tokio::select! {
-            used = used => used.map_err(Stopped::HalfWay),
-            why = declined => Err(Stopped::HalfWay(why)),
-        }
+/// Waits for what the agent says, or what the guest's kernel says before that.
+async fn until_used(
+    used: impl Future<Output = Result<(), Why>>,
+    declined: impl Future<Output = Why>,
+) -> Result<(), Stopped> {
+    tokio::select! {
+        used = used => used.map_err(Stopped::HalfWay),
+        why = declined => Err(Stopped::HalfWay(why)),
     }
 }
 

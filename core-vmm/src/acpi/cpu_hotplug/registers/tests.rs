@@ -66,7 +66,7 @@ fn a_guest_that_keeps_a_vcpu_or_cannot_use_it_is_told_of() {
     let mut registers = Registers::new(2, 4);
     registers.change(1).unwrap();
     scan(&mut registers);
-    ost(&mut registers, 1, ost::EJECT_REQUEST, ost::EJECTING);
+    ost(&mut registers, 1, ost::EJECT_REQUEST, ost::EJECTION_PENDING);
     assert_eq!(registers.take_news(), []);
     assert_eq!(registers.change(2), Err(LeavingError(1)));
     ost(&mut registers, 1, ost::EJECT_REQUEST, 0x82);
