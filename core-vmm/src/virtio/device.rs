@@ -307,13 +307,17 @@ impl VirtioDevice {
             Some(Backend::Running(backend)) => backend.hear(deadline),
             Some(Backend::Absent(_)) | None => return,
         };
-        match (heard, &self.backend) {
-            (Ok(true), Some(backend)) => {
-                log::info!("{}: its configuration may have changed", self.name);
-                self.function.set_config(backend.kept().configuration.bytes());
-            }
-            (Ok(_), _) => {}
-            (Err(error), _) => self.give_up(error),
+        let heard = match heard {
+            Ok(heard) => heard,
+            Err(error) => return self.give_up(error),
+        };
+        let Some(backend) = &self.backend else { return };
+        if heard.new_configuration {
+            log::info!("{}: its configuration may have changed", self.name);
+            self.function.set_config(backend.kept().configuration.bytes());
+        }
+        if heard.closed {
+            self.unwatch_backend(backend.channel().as_slice());
         }
     }
 
@@ -332,18 +336,16 @@ impl VirtioDevice {
         log::error!("{}: lost its backend: {reason}", self.name);
         self.loss = Some(reason);
         self.unwatch_backend(&[lost.as_fd()]);
+        self.unwatch_backend(lost.channel().as_slice());
         let absent = lost.into_absent();
         self.unwatch_backend(&[descriptor(&absent.kept().error_event)]);
         self.backend = Some(Backend::Absent(absent));
     }
 
     fn watch_backend(&self) -> Result<(), DeviceError> {
-        let (socket, channel) = match &self.backend {
-            Some(Backend::Negotiated(backend)) => (backend.as_fd(), backend.channel()),
-            Some(Backend::Running(backend)) => (backend.as_fd(), backend.channel()),
-            Some(Backend::Absent(_)) | None => return Ok(()),
-        };
-        for fd in [socket].into_iter().chain(channel) {
+        let Some(backend) = &self.backend else { return Ok(()) };
+        let Some(socket) = backend.socket() else { return Ok(()) };
+        for fd in [socket].into_iter().chain(backend.channel()) {
             watch(&self.ready, fd)?;
         }
         self.watch_error_event()

@@ -1,5 +1,7 @@
 //! Who serves the device, if anybody does.
 
+use std::os::fd::{AsFd, BorrowedFd};
+
 use nacre_proto::vmm::DeviceState;
 
 use crate::virtio::frontend::{Absence, Absent, Kept, LinkState, Negotiated, Running};
@@ -25,6 +27,24 @@ impl Backend {
         match self {
             Self::Negotiated(backend) => Some(backend.link_state()),
             Self::Running(backend) => Some(backend.link_state()),
+            Self::Absent(_) => None,
+        }
+    }
+
+    /// The connection, if there is one.
+    pub(super) fn socket(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Negotiated(backend) => Some(backend.as_fd()),
+            Self::Running(backend) => Some(backend.as_fd()),
+            Self::Absent(_) => None,
+        }
+    }
+
+    /// Where the backend says what it was not asked, if it can.
+    pub(super) fn channel(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Negotiated(backend) => backend.channel(),
+            Self::Running(backend) => backend.channel(),
             Self::Absent(_) => None,
         }
     }

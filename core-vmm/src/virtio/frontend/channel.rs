@@ -58,11 +58,11 @@ pub enum ChannelError {
 
 /// What was heard.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Heard {
+pub struct Heard {
     /// The configuration is another one.
-    pub(super) new_configuration: bool,
+    pub new_configuration: bool,
     /// Nothing will ever be heard again.
-    pub(super) closed: bool,
+    pub closed: bool,
 }
 
 /// Our end.

@@ -157,13 +157,7 @@ impl Link {
 
     /// What the backend has said unasked.
     pub(super) fn hear(&mut self) -> Result<Heard, ChannelError> {
-        let Some(channel) = &mut self.channel else { return Ok(Heard::default()) };
-        let heard = channel.hear()?;
-        if heard.closed {
-            // Nobody else has our end: it is not watched any more either.
-            self.channel = None;
-        }
-        Ok(heard)
+        self.channel.as_mut().map_or_else(|| Ok(Heard::default()), |channel| channel.hear())
     }
 
     pub(super) fn state(&self) -> LinkState {

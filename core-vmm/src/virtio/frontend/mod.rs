@@ -42,7 +42,7 @@ use super::device_kind::DeviceKind;
 use super::watchdog::Watchdog;
 
 pub use base::{Base, BaseUnknown};
-pub use channel::ChannelError;
+pub use channel::{ChannelError, Heard};
 pub use configuration::{ConfigDiffers, Configuration};
 pub use connected::Connected;
 pub use inflight::InflightRegion;

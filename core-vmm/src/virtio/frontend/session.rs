@@ -9,6 +9,7 @@ use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures
 use vm_memory::GuestMemoryMmap;
 
 use super::base::Base;
+use super::channel::Heard;
 use super::connected::read_config;
 use super::inflight::InflightRegion;
 use super::kept::Kept;
@@ -106,18 +107,20 @@ impl<S> Session<S> {
         self.link.channel()
     }
 
-    /// Hears what the backend says unasked. If its configuration is another one that is read; gives
-    /// whether it was.
+    /// Hears what the backend says unasked. If its configuration is another one that is read, and
+    /// told as new if the backend could give it.
     ///
     /// # Errors
     ///
     /// Fails if the connection is lost, or the backend says what it may not.
-    pub fn hear(&mut self, deadline: Deadline) -> Result<bool, FrontendError> {
-        if !self.link.hear()?.new_configuration {
-            return Ok(false);
+    pub fn hear(&mut self, deadline: Deadline) -> Result<Heard, FrontendError> {
+        let mut heard = self.link.hear()?;
+        if heard.new_configuration {
+            let config = read_config(&mut self.link, &self.kept, deadline)?;
+            let set = config.map(|config| self.kept.configuration.set(config));
+            heard.new_configuration = set.is_some();
         }
-        let config = read_config(&mut self.link, &self.kept, deadline)?;
-        Ok(config.map(|config| self.kept.configuration.set(config)).is_some())
+        Ok(heard)
     }
 
     /// Hands writes of the driver to the configuration on, and reads back what became of them.
@@ -315,6 +318,14 @@ pub(super) fn write_config(
 impl<S> AsFd for Session<S> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.link.as_fd()
+    }
+}
+
+impl Lost {
+    /// Where the backend said what it was not asked, if it could.
+    #[must_use]
+    pub fn channel(&self) -> Option<BorrowedFd<'_>> {
+        self.link.channel()
     }
 }
 
