@@ -119,6 +119,10 @@ fn order(running: &mut Running, order: &str) -> Result<()> {
 fn is_refused(scenario: &str, device: (&str, &str), backend: &mut Foreign) -> Result<()> {
     let (running, mut control) = start(scenario, device, backend)?;
     let (id, _kind) = device;
+    // Before the rings are its own, nothing of them has to be guessed.
+    until("the backend serves the guest", || {
+        Ok(control.status()?.devices[0].state == DeviceState::Active)
+    })?;
     // Held, so that something is outstanding for sure.
     backend.signal(Signal::STOP)?;
     thread::sleep(AT_WORK);
