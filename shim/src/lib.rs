@@ -23,6 +23,7 @@ mod packets;
 pub mod passthrough;
 pub mod paths;
 pub mod plan;
+pub mod pod;
 pub mod record;
 pub mod registry;
 pub mod sandbox;

@@ -1,7 +1,11 @@
 //! `nacre exec`: another program in a container that runs, by a connection of its own to the
 //! agent. The sandbox's supervisor has no part in it.
 
-use std::{fs::File, io::Read, time::Duration};
+use std::{
+    fs::File,
+    io::Read,
+    time::{Duration, SystemTime},
+};
 
 use nacre_proto::{agent::ExecRequest, exit::RunExit};
 use shim::{
@@ -148,7 +152,7 @@ async fn until_end(
                     endings += u32::from(matches!(signal, libc::SIGINT | libc::SIGTERM));
                     if endings > PATIENCE_SIGNALS {
                         let code = u8::try_from(128 + signal).unwrap_or(u8::MAX);
-                        return Ok(ProcessEnd { code, out_of_memory: false });
+                        return Ok(ProcessEnd { code, at: SystemTime::now(), out_of_memory: false });
                     }
                     let force = endings == PATIENCE_SIGNALS;
                     let signal = if force { libc::SIGKILL } else { signal };

@@ -1,17 +1,19 @@
 //! The agent in the guest, as the host sees it: typed calls with limits, and answers that are not
 //! believed before they are checked, for whoever broke the guest speaks with its voice.
 
+mod containers;
+mod stats;
+
 use std::{
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use nacre_proto::{
     AGENT_MAJOR, AGENT_MINOR, AGENT_PORT,
     agent::{
-        ConfigureSandboxRequest, CreateContainerRequest, DeviceRequest, ExecRequest, HelloRequest,
-        ProcessRequest, ResizeTerminalRequest, ShutdownRequest, SignalRequest, UnwrittenRequest,
-        UseResourcesRequest,
+        ConfigureSandboxRequest, DeviceRequest, HelloRequest, ProcessRequest, ShutdownRequest,
+        UnwrittenRequest, UseResourcesRequest,
     },
     agent_ttrpc::AgentClient,
 };
@@ -21,6 +23,8 @@ use ttrpc::{
     r#async::{Client, transport::Socket},
     context::{self, Context},
 };
+
+pub use stats::{BlockUse, Counts, Pressure, PressureLine, Stats};
 
 use crate::{
     hybrid_vsock::{self, ConnectError},
@@ -80,6 +84,8 @@ pub struct ProcessId {
 pub struct ProcessEnd {
     /// Its exit code, or 128 and the signal's number.
     pub code: u8,
+    /// When, by the guest's clock, and never later than it was heard of.
+    pub at: SystemTime,
     /// The guest's out-of-memory killer struck in its container.
     pub out_of_memory: bool,
 }
@@ -167,104 +173,6 @@ impl Agent {
     pub async fn configure(&self, request: &ConfigureSandboxRequest) -> Result<(), AgentError> {
         let answer = self.client.configure_sandbox(self.context(), request).await;
         answer.map(drop).map_err(|error| failed("configure the sandbox", &error))
-    }
-
-    /// Makes a container and leaves it before its execve.
-    ///
-    /// # Errors
-    ///
-    /// As each call.
-    pub async fn create(&self, request: &CreateContainerRequest) -> Result<(), AgentError> {
-        let answer = self.client.create_container(self.context(), request).await;
-        answer.map(drop).map_err(|error| failed("create the container", &error))
-    }
-
-    /// Adds a process to a container.
-    ///
-    /// # Errors
-    ///
-    /// As each call.
-    pub async fn exec(&self, request: &ExecRequest) -> Result<(), AgentError> {
-        let answer = self.client.exec(self.context(), request).await;
-        answer.map(drop).map_err(|error| failed("add a process", &error))
-    }
-
-    /// Lets a process run its program; answers when the execve is done.
-    ///
-    /// # Errors
-    ///
-    /// As each call; [`AgentError::Refused`] if the program can't be executed.
-    pub async fn start(&self, process: &ProcessId) -> Result<(), AgentError> {
-        let answer = self.client.start(self.context(), &request(process)).await;
-        answer.map(drop).map_err(|error| failed("start the program", &error))
-    }
-
-    /// Sends a signal; with `all`, to every process of the container.
-    ///
-    /// # Errors
-    ///
-    /// As each call.
-    pub async fn signal(
-        &self,
-        process: &ProcessId,
-        signal: i32,
-        all: bool,
-    ) -> Result<(), AgentError> {
-        let request = SignalRequest {
-            container_id: process.container.clone(),
-            exec_id: process.exec.clone(),
-            signal: signal.unsigned_abs(),
-            all,
-            ..SignalRequest::default()
-        };
-        let answer = self.client.signal(self.context(), &request).await;
-        answer.map(drop).map_err(|error| failed("send a signal", &error))
-    }
-
-    /// Waits for the end of a process, as long as it takes.
-    ///
-    /// # Errors
-    ///
-    /// As each call.
-    pub async fn wait(&self, process: &ProcessId) -> Result<ProcessEnd, AgentError> {
-        let answer = self.client.wait(Context::default(), &request(process)).await;
-        let answer = answer.map_err(|error| failed("wait for the program", &error))?;
-        Ok(ProcessEnd {
-            code: u8::try_from(answer.exit_code).unwrap_or(u8::MAX),
-            out_of_memory: answer.oom_killed,
-        })
-    }
-
-    /// Tells a terminal its size, in characters.
-    ///
-    /// # Errors
-    ///
-    /// As each call.
-    pub async fn resize(
-        &self,
-        process: &ProcessId,
-        columns: u16,
-        rows: u16,
-    ) -> Result<(), AgentError> {
-        let request = ResizeTerminalRequest {
-            container_id: process.container.clone(),
-            exec_id: process.exec.clone(),
-            columns: columns.into(),
-            rows: rows.into(),
-            ..ResizeTerminalRequest::default()
-        };
-        let answer = self.client.resize_terminal(self.context(), &request).await;
-        answer.map(drop).map_err(|error| failed("resize the terminal", &error))
-    }
-
-    /// Forgets an ended process, and with an init its container.
-    ///
-    /// # Errors
-    ///
-    /// As each call.
-    pub async fn delete(&self, process: &ProcessId) -> Result<(), AgentError> {
-        let answer = self.client.delete(self.context(), &request(process)).await;
-        answer.map(drop).map_err(|error| failed("delete the process", &error))
     }
 
     /// Has the guest use so many processors and so much memory (0: what there is), and answers what
