@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use rustix::net::{
@@ -18,6 +19,7 @@ const DESCRIPTORS: usize = 8;
 /// The frontend's end of it.
 pub(crate) struct Cut {
     pub(crate) frontend: UnixStream,
+    passed: Arc<Mutex<Vec<Vec<u8>>>>,
 }
 
 /// A message and the descriptors that belong to it.
@@ -29,14 +31,19 @@ impl Cut {
         let (frontend, ours) = UnixStream::pair().unwrap();
         let back = (backend.try_clone().unwrap(), ours.try_clone().unwrap());
         let backend = backend.try_clone().unwrap();
+        let passed = Arc::<Mutex<Vec<_>>>::default();
+        let seen = Arc::clone(&passed);
         let answers = thread::spawn(move || {
-            while pass_on(&back.0, &back.1) {}
+            while pass_on(&back.0, &back.1).is_some() {}
             // The backend may have hung up before its time.
             back.1.shutdown(Shutdown::Both).ok();
         });
         thread::spawn(move || {
             let mut left = messages;
-            while left > 0 && pass_on(&ours, &backend) {
+            while left > 0
+                && let Some(message) = pass_on(&ours, &backend)
+            {
+                seen.lock().unwrap().push(message);
                 left -= 1;
             }
             // What the backend does with the last of them is its own affair, and so is when.
@@ -44,18 +51,26 @@ impl Cut {
             backend.shutdown(Shutdown::Both).ok();
             answers.join().unwrap();
         });
-        Self { frontend }
+        Self { frontend, passed }
+    }
+
+    /// The first byte of the body of each of the frontend's messages of this kind.
+    pub(crate) fn told(&self, request: u32) -> Vec<u8> {
+        let passed = self.passed.lock().unwrap();
+        let of_kind = passed.iter().filter(|message| message[..4] == request.to_le_bytes());
+        of_kind.map(|message| message[HEADER_BYTES]).collect()
     }
 }
 
-/// False at the end of either connection.
-fn pass_on(from: &UnixStream, to: &UnixStream) -> bool {
-    let Some((bytes, descriptors)) = receive(from) else { return false };
+/// The message, and nothing at the end of either connection.
+fn pass_on(from: &UnixStream, to: &UnixStream) -> Option<Vec<u8>> {
+    let (bytes, descriptors) = receive(from)?;
     let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
     let mut beside = SendAncillaryBuffer::new(&mut space);
     assert!(borrowed.is_empty() || beside.push(SendAncillaryMessage::ScmRights(&borrowed)));
-    sendmsg(to, &[IoSlice::new(&bytes)], &mut beside, SendFlags::NOSIGNAL).is_ok()
+    sendmsg(to, &[IoSlice::new(&bytes)], &mut beside, SendFlags::NOSIGNAL).ok()?;
+    Some(bytes)
 }
 
 /// The header comes alone, so that descriptors are those of its own message.

@@ -119,7 +119,27 @@ fn a_disk_of_ours_is_used_reset_killed_and_replaced() {
     nacre_blk().into_iter().for_each(|disk| use_and_replace(disk, true));
 }
 
-/// A backend dies after each message of the replay in turn, and a good one comes after it.
+#[test]
+fn a_backend_is_told_the_drivers_view_of_the_device() {
+    const SET_STATUS: u32 = 39;
+    let Some(mut program) = nacre_blk() else { return };
+    let line = Cut::after(usize::MAX, &program.socket);
+    let backend = negotiate(DeviceConfig::new("disk", BLOCK), &line.frontend).unwrap();
+    let mut guest = Guest::new(backend);
+    guest.bring_up();
+    request(&mut guest, WRITE, 9, &[1; SECTOR_BYTES]);
+    assert_eq!(line.told(SET_STATUS), [11, 15], "features agreed upon, then the driver is ready");
+    guest.bring_up();
+    request(&mut guest, WRITE, 9, &[2; SECTOR_BYTES]);
+    assert_eq!(line.told(SET_STATUS), [11, 15, 0, 11, 15], "after a reset");
+    program.kill();
+    guest.run_until("it is noticed", |guest| !guest.device.is_alive());
+    program.restart();
+    let line = Cut::after(usize::MAX, &program.socket);
+    guest.reconnect(&line.frontend).unwrap();
+    assert_eq!(line.told(SET_STATUS), [11, 15], "of the driver that its predecessor had");
+}
+
 #[test]
 fn a_driver_hears_of_a_disk_that_grew_from_each_of_its_backends() {
     let Some(mut program) = nacre_blk() else { return };
@@ -146,6 +166,7 @@ fn a_driver_hears_of_a_disk_that_grew_from_each_of_its_backends() {
     }
 }
 
+/// A backend dies after each message of the replay in turn, and a good one comes after it.
 #[test]
 fn a_disk_that_dies_at_any_message_of_its_start_loses_nothing() {
     let Some(mut program) = nacre_blk() else { return };

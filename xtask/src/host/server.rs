@@ -129,7 +129,9 @@ fn watch(
         if progress.silence() > SILENCE_MAX {
             bail!("the emulated host made no progress for {} s", SILENCE_MAX.as_secs());
         }
-        if count == 0 && idle_max.is_some_and(|idle_max| idle_since.elapsed() > idle_max) {
+        // One that still boots is not idle, however long that takes.
+        let is_idle = waiting.is_none() && count == 0;
+        if is_idle && idle_max.is_some_and(|idle_max| idle_since.elapsed() > idle_max) {
             return stop(router, happened);
         }
     }

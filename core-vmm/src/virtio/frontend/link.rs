@@ -8,6 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
 use super::channel::{Channel, ChannelError, Heard};
+use super::status::{self, Stage};
 use crate::virtio::watchdog::{Deadline, Watchdog};
 
 /// Why a device has no backend (any more).
@@ -38,6 +39,18 @@ pub enum FrontendError {
         /// What the connection says.
         source: vhost::Error,
     },
+    /// The backend hung up, refused, or sent something that is no answer, to a message about the
+    /// device's status.
+    #[error("the backend did not {step}")]
+    Status {
+        /// What it was to do.
+        step: &'static str,
+        /// What the connection says.
+        source: io::Error,
+    },
+    /// The backend takes back what it has offered.
+    #[error("the backend does not agree to the features that the driver chose among its own")]
+    Disagrees,
     /// The backend hung up while nothing was asked of it.
     #[error("the backend hung up")]
     HungUp,
@@ -108,6 +121,23 @@ pub(super) struct Link {
     watchdog: Watchdog,
 }
 
+/// What `talk` gives, unless it took longer than to the deadline.
+fn watched<T>(
+    watchdog: &Watchdog,
+    socket: &UnixStream,
+    (step, deadline): (&'static str, Deadline),
+    talk: impl FnOnce() -> T,
+) -> Result<T, FrontendError> {
+    let watch = watchdog
+        .watch(socket, deadline)
+        .map_err(|source| FrontendError::Host { what: "duplicate a backend's socket", source })?;
+    let talked = talk();
+    if watch.expired() {
+        return Err(FrontendError::Hung { step, limit_ms: deadline.limit_ms() });
+    }
+    Ok(talked)
+}
+
 impl Link {
     pub(super) fn new(
         socket: UnixStream,
@@ -129,14 +159,29 @@ impl Link {
         deadline: Deadline,
         talk: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T, FrontendError> {
-        let watch = self.watchdog.watch(&self.socket, deadline).map_err(|source| {
-            FrontendError::Host { what: "duplicate a backend's socket", source }
+        let talked =
+            watched(&self.watchdog, &self.socket, (step, deadline), || talk(&mut self.frontend))?;
+        talked.map_err(|source| FrontendError::Conversation { step, source })
+    }
+
+    /// Tells the driver's view of the device, until `deadline`; the backend has to agree to the
+    /// features, if it comes to that.
+    pub(super) fn tell_status(
+        &mut self,
+        stage: Stage,
+        acknowledged: bool,
+        deadline: Deadline,
+    ) -> Result<(), FrontendError> {
+        let step = "take the device's status";
+        let has_agreed = watched(&self.watchdog, &self.socket, (step, deadline), || {
+            status::tell(&self.socket, stage, acknowledged)?;
+            Ok(stage != Stage::Features || status::has_agreed(&self.socket)?)
         })?;
-        let result = talk(&mut self.frontend);
-        if watch.expired() {
-            return Err(FrontendError::Hung { step, limit_ms: deadline.limit_ms() });
+        match has_agreed {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(FrontendError::Disagrees),
+            Err(source) => Err(FrontendError::Status { step, source }),
         }
-        result.map_err(|source| FrontendError::Conversation { step, source })
     }
 
     /// Gives the backend a channel, for which it knows the message.

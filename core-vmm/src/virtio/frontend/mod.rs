@@ -34,6 +34,7 @@ mod memory;
 mod reconnect;
 mod rings;
 mod session;
+mod status;
 
 use std::os::unix::net::UnixStream;
 use std::time::Duration;

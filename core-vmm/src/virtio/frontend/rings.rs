@@ -12,14 +12,18 @@ use super::kept::{Kept, Vring};
 use super::memory::{BASELINE_REGIONS, HostLayout};
 use crate::virtio::features;
 
-/// Everything that a backend needs to know before it may start. `bases` are the enabled queues'.
+/// What the driver chose of the features.
+pub(super) fn set_features(frontend: &mut Frontend, kept: &Kept) -> vhost::Result<()> {
+    frontend.set_features(features::for_backend(kept.acknowledged, kept.backend_features))
+}
+
+/// Everything else that a backend needs to know before it may start. `bases` are the enabled queues'.
 pub(super) fn set_up(
     frontend: &mut Frontend,
     kept: &Kept,
     layouts: &[Option<HostLayout>],
     bases: &[Option<u16>],
 ) -> vhost::Result<()> {
-    frontend.set_features(features::for_backend(kept.acknowledged, kept.backend_features))?;
     set_memory(frontend, kept)?;
     let rings = kept.vrings.iter().zip(layouts).zip(bases).enumerate();
     let rings: Vec<_> = rings

@@ -17,6 +17,7 @@ use super::link::{FrontendError, Link, LinkState};
 use super::memory::{self, HostLayout, QueueOutside};
 use super::reconnect::{Absence, Absent, Refused};
 use super::rings;
+use super::status::Stage;
 use crate::virtio::pci_registers::{Activation, ConfigWrite};
 use crate::virtio::watchdog::Deadline;
 
@@ -201,7 +202,11 @@ impl Running {
     /// Fails if the connection is lost.
     pub fn stop(mut self, deadline: Deadline) -> Result<Negotiated, Lost> {
         let kept = &mut *self.kept;
-        match self.link.converse("stop", deadline, |frontend| rings::stop(frontend, kept)) {
+        let stopped = self
+            .link
+            .converse("stop", deadline, |frontend| rings::stop(frontend, kept))
+            .and_then(|()| tell_status(&mut self.link, kept, Stage::Reset, deadline));
+        match stopped {
             Ok(()) => {
                 kept.forget_driver();
                 Ok(Session::new(self.link, self.kept))
@@ -295,11 +300,27 @@ pub(super) fn serve(
     bases: &[Option<u16>],
     deadline: Deadline,
 ) -> Result<(), FrontendError> {
+    link.converse("take the features", deadline, |frontend| rings::set_features(frontend, kept))?;
+    tell_status(link, kept, Stage::Features, deadline)?;
     link.converse("set its rings up", deadline, |frontend| {
         rings::set_up(frontend, kept, layouts, bases)
     })?;
     kept.bases_are_unknown();
-    link.converse("start its rings", deadline, |frontend| rings::start(frontend, kept))
+    link.converse("start its rings", deadline, |frontend| rings::start(frontend, kept))?;
+    tell_status(link, kept, Stage::Ready, deadline)
+}
+
+/// Tells the driver's view of the device, if the backend takes it.
+fn tell_status(
+    link: &mut Link,
+    kept: &Kept,
+    stage: Stage,
+    deadline: Deadline,
+) -> Result<(), FrontendError> {
+    if !kept.has(VhostUserProtocolFeatures::STATUS) {
+        return Ok(());
+    }
+    link.tell_status(stage, kept.has(VhostUserProtocolFeatures::REPLY_ACK), deadline)
 }
 
 /// Hands writes to the configuration on.
