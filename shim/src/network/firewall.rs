@@ -5,7 +5,8 @@
 
 use std::{
     env,
-    io::{self, Write as _},
+    fs::File,
+    io::{self, Read as _, Seek as _, Write as _},
     net::Ipv4Addr,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -13,6 +14,7 @@ use std::{
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    fs::{MemfdFlags, memfd_create},
     io::Errno,
     process::{Pid, PidfdFlags, pidfd_open},
 };
@@ -33,7 +35,17 @@ pub(crate) fn run(
     arguments: &[&str],
     input: &str,
 ) -> Result<(), NetworkError> {
-    run_within(RUN_WITHIN, program, arguments, input)
+    run_within(RUN_WITHIN, program, arguments, input)?;
+    Ok(())
+}
+
+/// Runs a program of the host and gives what it prints.
+///
+/// # Errors
+///
+/// As [`run`].
+pub(crate) fn ask(program: &'static str, arguments: &[&str]) -> Result<String, NetworkError> {
+    run_within(RUN_WITHIN, program, arguments, "")
 }
 
 /// Whether `child` ends in time.
@@ -56,7 +68,7 @@ fn run_within(
     program: &'static str,
     arguments: &[&str],
     input: &str,
-) -> Result<(), NetworkError> {
+) -> Result<String, NetworkError> {
     let failed = |source| match source {
         error if io::Error::kind(&error) == io::ErrorKind::NotFound => {
             NetworkError::MissingProgram(program)
@@ -64,10 +76,13 @@ fn run_within(
         source => NetworkError::Run { program, source },
     };
     log::debug!("runs {program} {arguments:?} {input}");
+    // Unlike a pipe it takes however much is printed before somebody reads.
+    let printed = memfd_create("printed", MemfdFlags::CLOEXEC).map(File::from);
+    let mut printed = printed.map_err(|errno| failed(errno.into()))?;
     let mut child = Command::new(program)
         .args(arguments)
         .stdin(Stdio::piped())
-        .stdout(Stdio::null())
+        .stdout(printed.try_clone().map_err(failed)?)
         .stderr(Stdio::piped())
         .spawn()
         .map_err(failed)?;
@@ -80,7 +95,10 @@ fn run_within(
     }
     let output = child.wait_with_output().map_err(failed)?;
     if output.status.success() {
-        return fed.map_err(failed);
+        fed.map_err(failed)?;
+        let mut text = Vec::new();
+        printed.rewind().and_then(|()| printed.read_to_end(&mut text)).map_err(failed)?;
+        return Ok(String::from_utf8_lossy(&text).into_owned());
     }
     let said = String::from_utf8_lossy(&output.stderr);
     let said = log_file::printable(said.lines().next().unwrap_or("nothing"));
@@ -193,6 +211,11 @@ mod tests {
             run("nacre-no-such-program", &[], ""),
             Err(NetworkError::MissingProgram("nacre-no-such-program"))
         ));
+    }
+
+    #[test]
+    fn all_that_a_program_prints_is_given() {
+        assert_eq!(ask("seq", &["30000"]).unwrap().lines().count(), 30_000);
     }
 
     #[test]

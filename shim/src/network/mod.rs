@@ -6,6 +6,7 @@
 
 pub mod address;
 pub mod firewall;
+pub mod namespace;
 
 use std::{
     fs, io,
