@@ -1,3 +1,5 @@
+//! What is found in a namespace, and frames through a tap of one.
+
 use std::{
     io::{Read, Write},
     net::UdpSocket,
