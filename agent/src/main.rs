@@ -12,6 +12,7 @@ mod args;
 mod cgroup;
 mod container;
 mod devices;
+mod events;
 mod ids;
 mod init;
 mod journal;

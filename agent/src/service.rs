@@ -6,12 +6,13 @@ use async_trait::async_trait;
 use nacre_proto::{
     AGENT_MAJOR, AGENT_MINOR,
     agent::{
-        AttachDeviceResponse, ConfigureSandboxRequest, ConfigureSandboxResponse,
+        AttachDeviceResponse, ConfigureSandboxRequest, ConfigureSandboxResponse, ContainerRequest,
         CreateContainerRequest, CreateContainerResponse, DeleteResponse, DetachDeviceResponse,
-        DeviceRequest, ExecRequest, ExecResponse, HelloRequest, HelloResponse, ProcessRequest,
-        ResizeTerminalRequest, ResizeTerminalResponse, ShutdownRequest, ShutdownResponse,
-        SignalRequest, SignalResponse, StartResponse, UnwrittenRequest, UnwrittenResponse,
-        UseResourcesRequest, UseResourcesResponse, WaitResponse,
+        DeviceRequest, Event, ExecRequest, ExecResponse, HelloRequest, HelloResponse,
+        NextEventRequest, PauseResponse, ProcessRequest, ResizeTerminalRequest,
+        ResizeTerminalResponse, ResumeResponse, ShutdownRequest, ShutdownResponse, SignalRequest,
+        SignalResponse, StartResponse, StatsResponse, UnwrittenRequest, UnwrittenResponse,
+        UpdateRequest, UpdateResponse, UseResourcesRequest, UseResourcesResponse, WaitResponse,
     },
     agent_ttrpc::Agent,
 };
@@ -77,6 +78,10 @@ fn invalid(what: impl Into<String>) -> ttrpc::Error {
 
 fn process_id(container: &str, exec: &str) -> ttrpc::Result<ProcessId> {
     ProcessId::parse(container, exec).map_err(|error| refused(&error.into()))
+}
+
+fn container_id(id: &str) -> ttrpc::Result<ContainerId> {
+    ContainerId::parse(id).map_err(|error| refused(&error.into()))
 }
 
 /// Runs work that must not be left half-done when the host's connection is lost.
@@ -260,6 +265,56 @@ impl Agent for Service {
             memory_bytes: used.memory_bytes,
             ..UseResourcesResponse::new()
         })
+    }
+
+    async fn pause(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<PauseResponse> {
+        let id = container_id(&request.container_id)?;
+        let containers = Arc::clone(&self.containers);
+        to_its_end(async move { containers.pause(&id).await }, refused).await?;
+        Ok(PauseResponse::new())
+    }
+
+    async fn resume(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<ResumeResponse> {
+        let id = container_id(&request.container_id)?;
+        let containers = Arc::clone(&self.containers);
+        to_its_end(async move { containers.resume(&id).await }, refused).await?;
+        Ok(ResumeResponse::new())
+    }
+
+    async fn update(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateRequest,
+    ) -> ttrpc::Result<UpdateResponse> {
+        let id = container_id(&request.container_id)?;
+        let updated = self.containers.update(&id, &request.oci_resources);
+        updated.map_err(|error| refused(&error))?;
+        Ok(UpdateResponse::new())
+    }
+
+    async fn stats(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<StatsResponse> {
+        let id = container_id(&request.container_id)?;
+        self.containers.stats(&id).map_err(|error| refused(&error))
+    }
+
+    async fn next_event(
+        &self,
+        _: &TtrpcContext,
+        request: NextEventRequest,
+    ) -> ttrpc::Result<Event> {
+        Ok(self.containers.events().next(request.after).await)
     }
 
     async fn attach_device(

@@ -11,7 +11,9 @@ use serde::Serialize;
 use crate::{
     cgroup::Cgroup,
     container::{
-        CONTAINERS_MAX, Container, ContainerError, Containers, Slot, init_of, of, record_end,
+        CONTAINERS_MAX, Container, ContainerError, Containers, Slot, init_of,
+        memory::Killings,
+        of, record_end,
         spec::{Amended, DiskNode, amend},
     },
     devices::function::{self, FunctionRequest},
@@ -105,16 +107,22 @@ impl Containers {
             disks::set_read_only(node)?;
         }
         let cgroup = Arc::new(Cgroup::make(&new.id)?);
+        cgroup.set(&amended.limits)?;
+        let events = Arc::clone(&self.events);
+        let killings = Arc::new(Killings::new(new.id.clone(), Arc::clone(&cgroup), events));
+        let watch = killings.watch().map_err(ContainerError::Watch)?;
         let bundle = write_bundle(&new.id, &amended)?;
         let owner = owner(&amended);
         let program = program(&amended);
         let (init, inherited) =
             Process::new(init_of(&new.id), new.wiring, owner).map_err(ContainerError::Streams)?;
         let init = Arc::new(init);
-        let launch = self.launch(&init, &cgroup, inherited, &program).await?;
+        let launch = self.launch(&init, &killings, inherited, &program).await?;
         Ok(Container {
             bundle,
             cgroup,
+            killings,
+            _watch: watch,
             base: amended.process,
             filtered: amended.spec.linux().as_ref().is_some_and(|linux| linux.seccomp().is_some()),
             init,
@@ -127,7 +135,7 @@ impl Containers {
     async fn launch(
         &self,
         init: &Arc<Process>,
-        cgroup: &Arc<Cgroup>,
+        killings: &Arc<Killings>,
         inherited: Inherited,
         program: &str,
     ) -> Result<Launch, ContainerError> {
@@ -146,7 +154,7 @@ impl Containers {
         if let Some(live) = live {
             init.set_waiting(live);
         }
-        record_end(Arc::clone(init), Arc::clone(cgroup), end);
+        record_end(Arc::clone(init), Arc::clone(killings), end);
         if let Some(terminal) = terminal {
             init.set_terminal(terminal).map_err(of(&init.id))?;
         }

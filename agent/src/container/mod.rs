@@ -15,9 +15,14 @@ use tokio::sync::oneshot;
 use ttrpc::Code;
 
 use crate::{
-    cgroup::{Cgroup, CgroupError},
-    container::{spec::SpecError, start::Pending},
+    cgroup::{Cgroup, CgroupError, limits::LimitError},
+    container::{
+        memory::{Killings, Watch},
+        spec::SpecError,
+        start::Pending,
+    },
     devices::function::FunctionError,
+    events::Events,
     ids::{ContainerId, ExecId, IdError, ProcessId},
     launch::spawn::{Launch, LaunchError},
     process::{
@@ -33,6 +38,8 @@ mod capabilities;
 mod create;
 mod delete;
 mod exec;
+mod limits;
+mod memory;
 pub(crate) mod spec;
 mod start;
 
@@ -73,6 +80,12 @@ pub(crate) enum ContainerError {
     /// The init must run for this.
     #[error("container {0} is not running")]
     NotRunning(ContainerId),
+    /// Its processes are stopped.
+    #[error("container {0} is paused")]
+    Paused(ContainerId),
+    /// Its processes are not stopped.
+    #[error("container {0} is not paused")]
+    NotPaused(ContainerId),
     /// The process must have ended for this.
     #[error("{0} has not ended")]
     NotEnded(ProcessId),
@@ -88,6 +101,9 @@ pub(crate) enum ContainerError {
     /// The control group.
     #[error("can't use the control group")]
     Cgroup(#[from] CgroupError),
+    /// Its memory.
+    #[error("can't watch its memory")]
+    Watch(#[source] io::Error),
     /// Pipes or terminals.
     #[error("can't make the streams")]
     Streams(#[source] io::Error),
@@ -127,10 +143,15 @@ impl ContainerError {
     /// What the host is told apart from the words.
     pub(crate) fn code(&self) -> Code {
         match self {
-            Self::Id(_) | Self::Spec(SpecError::Parse(_) | SpecError::Invalid { .. }) => {
-                Code::INVALID_ARGUMENT
-            }
-            Self::Spec(SpecError::Unsupported(_)) => Code::UNIMPLEMENTED,
+            Self::Id(_)
+            | Self::Spec(
+                SpecError::Parse(_)
+                | SpecError::Invalid { .. }
+                | SpecError::Limits(LimitError::Invalid { .. }),
+            ) => Code::INVALID_ARGUMENT,
+            Self::Spec(
+                SpecError::Unsupported(_) | SpecError::Limits(LimitError::Unsupported(_)),
+            ) => Code::UNIMPLEMENTED,
             Self::Spec(SpecError::TooLarge(_)) | Self::TooMany { .. } => Code::RESOURCE_EXHAUSTED,
             Self::Spec(SpecError::Missing(_)) => Code::INVALID_ARGUMENT,
             Self::Function(FunctionError::Address(_) | FunctionError::TooMany(_)) => {
@@ -139,14 +160,18 @@ impl ContainerError {
             Self::Function(_) => Code::UNAVAILABLE,
             Self::NotFound(_) | Self::Disk(_) => Code::NOT_FOUND,
             Self::Exists(_) => Code::ALREADY_EXISTS,
-            Self::Busy(_) | Self::ShuttingDown | Self::NotRunning(_) | Self::NotEnded(_) => {
-                Code::FAILED_PRECONDITION
-            }
+            Self::Busy(_)
+            | Self::ShuttingDown
+            | Self::NotRunning(_)
+            | Self::Paused(_)
+            | Self::NotPaused(_)
+            | Self::NotEnded(_) => Code::FAILED_PRECONDITION,
             Self::Process { source, .. } => process_code(source),
             Self::Launch { source: LaunchError::NoProgram, .. } => Code::NOT_FOUND,
             Self::Launch { source: LaunchError::NotExecutable(_), .. } => Code::PERMISSION_DENIED,
             Self::Launch { source: LaunchError::Limit, .. } => Code::DEADLINE_EXCEEDED,
             Self::Cgroup(_)
+            | Self::Watch(_)
             | Self::Streams(_)
             | Self::File { .. }
             | Self::Follow(_)
@@ -182,6 +207,9 @@ fn illegal(id: &ProcessId) -> impl FnOnce(IllegalEvent) -> ContainerError {
 struct Container {
     bundle: PathBuf,
     cgroup: Arc<Cgroup>,
+    killings: Arc<Killings>,
+    /// Ends with the container.
+    _watch: Watch,
     /// The host's `process` object, which added processes inherit from.
     base: Value,
     /// Whether its processes run under a seccomp filter.
@@ -220,6 +248,7 @@ struct Slots {
 #[derive(Debug)]
 pub(crate) struct Containers {
     reaper: Arc<Reaper>,
+    events: Arc<Events>,
     /// Locked for map operations only.
     slots: Mutex<Slots>,
 }
@@ -227,7 +256,12 @@ pub(crate) struct Containers {
 impl Containers {
     /// No containers; their processes will be reaped by `reaper`.
     pub(crate) fn new(reaper: Arc<Reaper>) -> Self {
-        Self { reaper, slots: Mutex::default() }
+        Self { reaper, events: Arc::new(Events::new()), slots: Mutex::default() }
+    }
+
+    /// What happens in them.
+    pub(crate) fn events(&self) -> &Events {
+        &self.events
     }
 
     /// The process of this name.
@@ -306,13 +340,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Waits for a process's end and records it.
-fn record_end(process: Arc<Process>, cgroup: Arc<Cgroup>, end: oneshot::Receiver<Exit>) {
+fn record_end(process: Arc<Process>, killings: Arc<Killings>, end: oneshot::Receiver<Exit>) {
     tokio::spawn(async move {
         let Ok(mut exit) = end.await else {
             log::error!("the end of {} got lost", process.id);
             return;
         };
-        exit.oom_killed = cgroup.oom_killed();
+        // What the killer did is told before the end that it caused.
+        exit.oom_killed = killings.look();
         if let Err(error) = process.apply(Event::Ended(exit)) {
             log::error!("{} ended twice: {error}", process.id);
         }

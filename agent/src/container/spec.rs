@@ -11,7 +11,10 @@ use libcontainer::oci_spec::runtime::{
 };
 use serde_json::Value;
 
-use crate::container::capabilities;
+use crate::{
+    cgroup::limits::{self, LimitError, Setting},
+    container::capabilities,
+};
 
 /// The longest specification, in bytes.
 pub(crate) const SPEC_BYTES_MAX: usize = 1 << 20;
@@ -33,6 +36,9 @@ pub(crate) enum SpecError {
     /// A part that the guest can't honour.
     #[error("the guest can't honour {0}")]
     Unsupported(&'static str),
+    /// Its limits.
+    #[error("can't use its limits")]
+    Limits(#[from] LimitError),
     /// A part that makes no sense.
     #[error("{what} is not allowed: {value:?}")]
     Invalid {
@@ -61,6 +67,8 @@ pub(crate) struct DiskNode {
 pub(crate) struct Amended {
     /// For libcontainer.
     pub(crate) spec: Spec,
+    /// What its control group is to be told.
+    pub(crate) limits: Vec<Setting>,
     /// The host's `process` object, which added processes inherit from.
     pub(crate) process: Value,
     /// What the init is to have once its seccomp filter is installed, if that needs more.
@@ -87,13 +95,15 @@ pub(crate) fn amend(
     }
     let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux"))?;
     amend_linux(&mut linux, cgroup, disks)?;
+    let limits = linux.resources().as_ref().map(limits::settings).transpose()?.unwrap_or_default();
+    linux.set_resources(None);
     let mut process = spec.process().clone().ok_or(SpecError::Missing("process"))?;
     let filtered = linux.seccomp().is_some();
     spec.set_hooks(None);
     spec.set_linux(Some(linux));
     let capabilities_after = amend_process(&mut process, terminal, filtered)?;
     spec.set_process(Some(process));
-    Ok(Amended { spec, process: process_value, capabilities_after })
+    Ok(Amended { spec, limits, process: process_value, capabilities_after })
 }
 
 fn check_root(spec: &Spec) -> Result<(), SpecError> {

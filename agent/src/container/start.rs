@@ -51,6 +51,10 @@ impl Containers {
         if !container.init.is_running() {
             return Err(ContainerError::NotRunning(id.container.clone()));
         }
+        // A new process would not get as far as its program.
+        if container.cgroup.is_frozen() {
+            return Err(ContainerError::Paused(id.container.clone()));
+        }
         added.process.apply(Event::Start).map_err(illegal(id))?;
         let pending = lock(&added.pending).take();
         let pending = pending.ok_or_else(|| ContainerError::NotFound(id.clone()))?;
@@ -84,7 +88,7 @@ impl Containers {
         if let Some(live) = live {
             process.apply(Event::Executed(live)).map_err(illegal(&process.id))?;
         }
-        record_end(Arc::clone(process), Arc::clone(&container.cgroup), end);
+        record_end(Arc::clone(process), Arc::clone(&container.killings), end);
         if let Some(terminal) = terminal {
             process.set_terminal(terminal).map_err(of(&process.id))?;
         }

@@ -313,7 +313,7 @@ impl Drop for Agent {
 /// The status that a call failed with.
 pub(crate) type Status = (Code, String);
 
-fn status(error: ttrpc::Error) -> Status {
+pub(crate) fn status(error: ttrpc::Error) -> Status {
     match error {
         ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
         other => panic!("not a status: {other}"),
@@ -363,7 +363,7 @@ fn make_root(root: &Path) {
     fs::copy(BUSYBOX, root.join("bin/busybox")).unwrap();
     for applet in [
         "sh", "cat", "echo", "head", "sleep", "stty", "id", "env", "tr", "pwd", "ps", "hostname",
-        "mkdir", "kill", "test", "true", "ls", "grep", "dd",
+        "mkdir", "kill", "rm", "test", "true", "ls", "grep", "dd",
     ] {
         symlink("busybox", root.join("bin").join(applet)).unwrap();
     }

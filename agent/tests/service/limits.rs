@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::agent::{Agent, with_agent};
 
 /// Whether the agent has a controller; says so if not.
-fn has(agent: &Agent, controller: &str) -> bool {
+pub(crate) fn has(agent: &Agent, controller: &str) -> bool {
     let controllers = agent.inside(&["cat", "/sys/fs/cgroup/nacre/cgroup.controllers"]);
     let has = controllers.split_whitespace().any(|found| found == controller);
     if !has {
@@ -14,7 +14,7 @@ fn has(agent: &Agent, controller: &str) -> bool {
     has
 }
 
-fn limited(agent: &Agent, script: &str, resources: &Value) -> Value {
+pub(crate) fn limited(agent: &Agent, script: &str, resources: &Value) -> Value {
     let mut spec = agent.spec(&["sh", "-c", script]);
     spec["linux"]["resources"] = resources.clone();
     let mount = json!({ "destination": "/tmp", "type": "tmpfs", "source": "tmpfs" });

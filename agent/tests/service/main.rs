@@ -10,6 +10,7 @@
 
 mod agent;
 mod configure;
+mod control;
 mod exec;
 mod filter;
 mod lifecycle;

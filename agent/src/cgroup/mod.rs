@@ -1,6 +1,7 @@
 //! Control groups, version 2: the agent's own leaf, and one group for each container.
 //!
-//! Limits are written by libcontainer; here groups are made, asked, emptied and removed.
+//! Groups are made, limited, stopped, asked, emptied and removed here; libcontainer only puts
+//! processes into them.
 
 use std::{
     fs, io,
@@ -9,16 +10,29 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nacre_proto::agent::StatsResponse;
 use rustix::process::Pid;
 use tokio::time::sleep;
 
-use crate::{ids::ContainerId, sys};
+use crate::{
+    cgroup::limits::{Setting, Value},
+    ids::ContainerId,
+    sys,
+    text::chain,
+};
+
+pub(crate) mod limits;
+mod stats;
 
 const ROOT: &str = "/sys/fs/cgroup";
 const AGENT: &str = "nacre-agent";
 const CONTAINERS: &str = "nacre";
 /// What the kernel keeps for the agent when memory runs out.
 const AGENT_MEMORY_BYTES: u32 = 16 << 20;
+/// The agent's share of the processors, against containers that have all they can take.
+const AGENT_CPU_WEIGHT: u32 = 10_000;
+/// How long the processes of a group may take to stop, or to go on.
+const FREEZE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a group may take to empty after its processes were killed.
 const REMOVE_LIMIT: Duration = Duration::from_secs(10);
 
@@ -35,6 +49,14 @@ pub(crate) enum CgroupError {
         /// What the kernel said.
         #[source]
         source: io::Error,
+    },
+    /// The processes did not stop, or did not go on.
+    #[error("the processes of {path:?} did not {verb} within {} s", FREEZE_LIMIT.as_secs())]
+    Freeze {
+        /// What they were to do.
+        verb: &'static str,
+        /// Which group.
+        path: PathBuf,
     },
     /// The kernel told something that is no number.
     #[error("no number in {path:?}")]
@@ -86,9 +108,17 @@ pub(crate) fn set_up() -> Result<(), CgroupError> {
             write(&group.join("cgroup.subtree_control"), &format!("+{controller}"))?;
         }
     }
-    let floor = agent.join("memory.min");
-    if floor.exists() {
-        write(&floor, &AGENT_MEMORY_BYTES.to_string())?;
+    protect_agent(&agent)
+}
+
+/// Keeps memory and processor time for the agent, whatever the containers do.
+fn protect_agent(agent: &Path) -> Result<(), CgroupError> {
+    for (file, value) in [("memory.min", AGENT_MEMORY_BYTES), ("cpu.weight", AGENT_CPU_WEIGHT)] {
+        let file = agent.join(file);
+        // A machine that hands no controllers on, in tests, has no such file.
+        if file.exists() {
+            write(&file, &value.to_string())?;
+        }
     }
     Ok(())
 }
@@ -100,6 +130,12 @@ pub(crate) struct Cgroup {
 }
 
 impl Cgroup {
+    /// A folder that looks like a group.
+    #[cfg(test)]
+    pub(crate) fn of_tests(path: &Path) -> Self {
+        Self { path: path.to_path_buf() }
+    }
+
     /// The group's path as an OCI specification has it.
     pub(crate) fn spec_path(id: &ContainerId) -> PathBuf {
         Path::new("/").join(CONTAINERS).join(id)
@@ -112,11 +148,91 @@ impl Cgroup {
         Ok(Self { path })
     }
 
-    /// Whether the out-of-memory killer struck in the group.
-    pub(crate) fn oom_killed(&self) -> bool {
-        // Without a memory controller there is no such file, and no limit to run into.
-        fs::read_to_string(self.path.join("memory.events"))
-            .is_ok_and(|events| count(&events, "oom_kill") > 0)
+    /// Where the kernel counts what happened for want of memory.
+    pub(crate) fn memory_events(&self) -> PathBuf {
+        self.path.join("memory.events")
+    }
+
+    /// How often the out-of-memory killer struck in the group. Without a memory controller there is
+    /// no such file, and no limit to run into.
+    pub(crate) fn oom_kills(&self) -> u64 {
+        let events = fs::read_to_string(self.memory_events());
+        events.map_or(0, |events| count(&events, "oom_kill"))
+    }
+
+    /// What the group uses and used.
+    pub(crate) fn stats(&self) -> StatsResponse {
+        stats::read(&self.path)
+    }
+
+    /// Whether its processes are stopped, or are to be.
+    pub(crate) fn is_frozen(&self) -> bool {
+        fs::read_to_string(self.path.join("cgroup.freeze")).is_ok_and(|state| state.trim() == "1")
+    }
+
+    /// Stops the processes of the group and waits until they are, or lets them go on.
+    ///
+    /// What could not be stopped goes on.
+    pub(crate) async fn freeze(&self, frozen: bool) -> Result<(), CgroupError> {
+        let (switch, verb) = if frozen { ("1", "stop") } else { ("0", "go on") };
+        let file = self.path.join("cgroup.freeze");
+        write(&file, switch)?;
+        let events = self.path.join("cgroup.events");
+        let deadline = Instant::now() + FREEZE_LIMIT;
+        let mut pause = Duration::from_millis(1);
+        loop {
+            let text = fs::read_to_string(&events).map_err(failed("read", &events))?;
+            if (count(&text, "frozen") == 1) == frozen {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                if frozen {
+                    write(&file, "0")?;
+                }
+                return Err(CgroupError::Freeze { verb, path: self.path.clone() });
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
+    }
+
+    /// Writes all settings, or leaves everything as it was.
+    pub(crate) fn set(&self, settings: &[Setting]) -> Result<(), CgroupError> {
+        let mut undo = Vec::new();
+        for setting in settings {
+            match self.set_one(setting) {
+                Ok(old) => undo.push(old),
+                Err(error) => {
+                    self.put_back(undo);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes one setting, and gives what it takes to undo that.
+    fn set_one(&self, setting: &Setting) -> Result<(PathBuf, String), CgroupError> {
+        let path = self.path.join(&setting.file);
+        let old = fs::read_to_string(&path).map_err(failed("read", &path))?;
+        let new = match &setting.value {
+            Value::Text(text) => text.clone(),
+            Value::Period(period) => {
+                let quota = old.split_whitespace().next().unwrap_or("max");
+                format!("{quota} {period}")
+            }
+        };
+        write(&path, &new)?;
+        Ok((path, setting.undone(&old)))
+    }
+
+    /// Takes settings back, the last first.
+    fn put_back(&self, undo: Vec<(PathBuf, String)>) {
+        for (path, old) in undo.into_iter().rev() {
+            if let Err(error) = write(&path, &old) {
+                log::error!("a limit could not be put back: {}", chain(&error));
+            }
+        }
     }
 
     /// Sends a signal to every process of the group.
@@ -196,6 +312,35 @@ mod tests {
         let events = "low 0\noom 3\noom_kill 2\noom_group_kill 9\n";
         assert_eq!(count(events, "oom_kill"), 2);
         assert_eq!(count(events, "absent"), 0);
+    }
+
+    /// A folder that looks like a group.
+    fn group(files: &[(&str, &str)]) -> (tempfile::TempDir, Cgroup) {
+        let folder = tempfile::tempdir().unwrap();
+        for (file, text) in files {
+            fs::write(folder.path().join(file), text).unwrap();
+        }
+        let cgroup = Cgroup::of_tests(folder.path());
+        (folder, cgroup)
+    }
+
+    #[test]
+    fn limits_are_set_all_or_none() {
+        let files = [("pids.max", "max\n"), ("cpu.max", "50 100\n")];
+        let (folder, cgroup) = group(&files);
+        let text = |file: &str, value: &str| Setting {
+            file: file.to_owned(),
+            line: None,
+            value: Value::Text(value.to_owned()),
+        };
+        let period = Setting { file: "cpu.max".to_owned(), line: None, value: Value::Period(200) };
+        let read = |file: &str| fs::read_to_string(folder.path().join(file)).unwrap();
+        let missing = [text("pids.max", "5"), period.clone(), text("memory.max", "1")];
+        let error = cgroup.set(&missing).unwrap_err();
+        assert!(error.to_string().contains("memory.max"), "{error}");
+        assert_eq!((read("pids.max"), read("cpu.max")), ("max".to_owned(), "50 100".to_owned()));
+        cgroup.set(&[text("pids.max", "5"), period]).unwrap();
+        assert_eq!((read("pids.max"), read("cpu.max")), ("5".to_owned(), "50 200".to_owned()));
     }
 
     #[test]
