@@ -27,6 +27,7 @@ pub mod pod;
 pub mod record;
 pub mod registry;
 pub mod sandbox;
+pub mod service;
 pub mod size;
 pub mod stdio;
 pub mod streams;

@@ -35,6 +35,13 @@ impl Input {
         Ok(Self(receiver))
     }
 
+    /// What is sent to the answered sender, until it is dropped.
+    #[must_use]
+    pub fn from_sender() -> (mpsc::Sender<Vec<u8>>, Self) {
+        let (sender, receiver) = mpsc::channel(DEPTH);
+        (sender, Self(receiver))
+    }
+
     /// The next piece; `None` at the end.
     pub async fn next(&mut self) -> Option<Vec<u8>> {
         self.0.recv().await
@@ -81,6 +88,29 @@ impl Output {
     }
 }
 
+/// The pieces of an output, for a task that passes them on.
+#[derive(Debug)]
+pub struct Pieces {
+    receiver: mpsc::Receiver<(Source, Vec<u8>)>,
+    done: oneshot::Sender<()>,
+    // Kept so that it stays false: the reader may come back.
+    _unread: watch::Sender<bool>,
+}
+
+impl Pieces {
+    /// The next piece; `None` at the end.
+    pub async fn next(&mut self) -> Option<Vec<u8>> {
+        self.receiver.recv().await.map(|(_source, bytes)| bytes)
+    }
+
+    /// Says that all of them are written.
+    pub fn finish(self) {
+        if self.done.send(()).is_err() {
+            log::debug!("nobody waits for the output");
+        }
+    }
+}
+
 /// Both output streams.
 #[derive(Debug)]
 pub struct Outputs {
@@ -119,6 +149,15 @@ impl Outputs {
         Ok(Self { output, error, written: Written(vec![output_written, error_written]) })
     }
 
+    /// To tasks of the caller's: standard output's pieces and standard error's.
+    #[must_use]
+    pub fn to_receivers() -> (Self, [Pieces; 2]) {
+        let (output, out, output_written) = receiver(Source::Output);
+        let (error, err, error_written) = receiver(Source::Error);
+        let written = Written(vec![output_written, error_written]);
+        (Self { output, error, written }, [out, err])
+    }
+
     /// To a log, in the order in which they come.
     ///
     /// # Errors
@@ -130,6 +169,14 @@ impl Outputs {
         let error = Output { source: Source::Error, ..output.clone() };
         Ok(Self { output, error, written: Written(vec![written]) })
     }
+}
+
+fn receiver(source: Source) -> (Output, Pieces, oneshot::Receiver<()>) {
+    let (sender, receiver) = mpsc::channel(DEPTH);
+    let (done, written) = oneshot::channel();
+    let (unread, is_unread) = watch::channel(false);
+    let pieces = Pieces { receiver, done, _unread: unread };
+    (Output { source, sender, unread: is_unread }, pieces, written)
 }
 
 fn to_file(mut file: File) -> impl FnMut(Source, &[u8]) -> std::io::Result<()> + Send + 'static {

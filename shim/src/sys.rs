@@ -14,7 +14,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use rustix::{
     fs::{Mode, OFlags},
-    io::{FdFlags, fcntl_setfd},
+    io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd},
     process::{Pid, Signal, getpid, getppid, set_parent_process_death_signal},
 };
 
@@ -43,6 +43,33 @@ pub(crate) fn prepare(command: &mut Command, inherit: Vec<OwnedFd>, cgroup: Opti
     // SAFETY: `pre_exec` asks that the closure be async-signal-safe: it makes plain system calls,
     // allocates nothing, takes no lock, and its captures were made before the fork.
     unsafe { command.pre_exec(before_exec) };
+}
+
+/// Makes the child of `command` find `handed` at descriptors 3, 4 and 5, in a process group of its own.
+///
+/// # Errors
+///
+/// Fails if there are no more descriptors.
+pub(crate) fn hand_in_from_three(command: &mut Command, handed: [OwnedFd; 3]) -> io::Result<()> {
+    // Beyond the places to be filled, so that none is overwritten before it is copied.
+    let above = |fd: OwnedFd| fcntl_dupfd_cloexec(fd, 6);
+    let [first, second, third] = handed;
+    let sources = [above(first)?, above(second)?, above(third)?];
+    command.process_group(0);
+    let before_exec = move || {
+        for (source, number) in sources.iter().zip(3..) {
+            // SAFETY: plain numbers; the copies are the child's own and without close-on-exec, and
+            // what was open in their places is closed by the kernel, close-on-exec like all here.
+            if unsafe { libc::dup2(source.as_raw_fd(), number) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: `pre_exec` asks that the closure be async-signal-safe: it makes plain system calls,
+    // allocates nothing, takes no lock, and its captures were made before the fork.
+    unsafe { command.pre_exec(before_exec) };
+    Ok(())
 }
 
 /// Makes a tap interface that exists as long as the answered descriptor (or a copy) is open.

@@ -1,0 +1,217 @@
+//! A container's bundle: what its `config.json` says about the sandbox that it belongs to.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::{self, Read},
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+/// The largest `config.json`, in bytes.
+const MAX_SPEC_BYTES: u64 = 16 << 20;
+/// The longest id of containerd's, in bytes.
+const MAX_ID_BYTES: usize = 76;
+
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+const GROUP: &str = "io.containerd.runc.v2.group";
+const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+
+/// What a sandbox of which nobody says how large it is gets.
+const DEFAULT_CPUS: u32 = 1;
+const DEFAULT_MEMORY_BYTES: u64 = 512 << 20;
+/// What the guest's kernel and agent get beside a container's memory.
+const OVERHEAD_BYTES: u64 = 256 << 20;
+const MAX_CPUS: u32 = 255;
+
+/// Why a bundle can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum BundleError {
+    /// It can't be read.
+    #[error("can't read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It is too large.
+    #[error("{} is larger than 16 MiB", .0.display())]
+    TooLarge(PathBuf),
+    /// It is no specification.
+    #[error("{} is no OCI specification", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+}
+
+/// Whether `id` can be a container's, a process's or a sandbox's: letters and digits, and between
+/// them single `_`, `.`, `-`; so it is a file name and no path.
+pub(super) fn is_id(id: &str) -> bool {
+    let is_alone = |c: char| matches!(c, '_' | '.' | '-');
+    id.len() <= MAX_ID_BYTES
+        && !id.is_empty()
+        && id.chars().all(|c| c.is_ascii_alphanumeric() || is_alone(c))
+        && !id.starts_with(is_alone)
+        && !id.ends_with(is_alone)
+}
+
+/// The specification in `bundle`; none if there is no such file.
+///
+/// # Errors
+///
+/// Fails if it can't be read or is none.
+pub(super) fn read_spec(bundle: &Path) -> Result<Option<Spec>, BundleError> {
+    let path = bundle.join("config.json");
+    let mut text = Vec::new();
+    let read =
+        File::open(&path).and_then(|file| file.take(MAX_SPEC_BYTES + 1).read_to_end(&mut text));
+    match read {
+        Ok(_) if text.len() as u64 > MAX_SPEC_BYTES => Err(BundleError::TooLarge(path)),
+        Ok(_) => serde_json::from_slice(&text)
+            .map(Some)
+            .map_err(|source| BundleError::Malformed { path, source }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(BundleError::Read { path, source }),
+    }
+}
+
+fn annotation<'a>(spec: &'a Spec, name: &str) -> Option<&'a str> {
+    spec.annotations().as_ref()?.get(name).map(String::as_str).filter(|value| !value.is_empty())
+}
+
+/// The sandbox that the container `id` belongs to: its own, unless it says another one.
+#[must_use]
+pub(super) fn sandbox_of(id: &str, spec: Option<&Spec>) -> String {
+    let named = spec.and_then(|spec| annotation(spec, GROUP).or(annotation(spec, SANDBOX_ID)));
+    named.filter(|named| is_id(named)).unwrap_or(id).to_owned()
+}
+
+/// Whether the container is to join a sandbox that runs.
+pub(super) fn joins(spec: &Spec) -> bool {
+    annotation(spec, CONTAINER_TYPE) == Some("container")
+}
+
+/// The annotations.
+pub(super) fn annotations(spec: &Spec) -> HashMap<String, String> {
+    spec.annotations().clone().unwrap_or_default()
+}
+
+/// The network namespace that it is to be in, if that has a path.
+pub(super) fn netns(spec: &Spec) -> Option<PathBuf> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    let network = namespaces.iter().find(|one| one.typ() == LinuxNamespaceType::Network)?;
+    network.path().clone()
+}
+
+/// The pod's cgroup on the host: in which the container's own would be.
+pub(super) fn cgroup_parent(spec: &Spec) -> Option<String> {
+    let path = spec.linux().as_ref()?.cgroups_path().as_ref()?.to_str()?;
+    // systemd's "slice:prefix:name", or a path.
+    let parent = match path.split_once(':') {
+        Some((slice, _)) => slice,
+        None => path.rsplit_once('/')?.0,
+    };
+    Some(parent.to_owned()).filter(|parent| !parent.is_empty())
+}
+
+/// How large the sandbox is at first: processors and bytes of memory.
+pub(super) fn size(spec: &Spec) -> (u32, u64) {
+    let number = |name| annotation(spec, name).and_then(|text| text.parse::<i64>().ok());
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let cpu = resources.and_then(|resources| resources.cpu().as_ref());
+    let quota = number(CPU_QUOTA).or_else(|| cpu.and_then(|cpu| cpu.quota()));
+    let period = number(CPU_PERIOD)
+        .or_else(|| cpu.and_then(|cpu| cpu.period()).and_then(|period| i64::try_from(period).ok()));
+    let memory = number(MEMORY).or_else(|| {
+        resources
+            .and_then(|resources| resources.memory().as_ref())
+            .and_then(|memory| memory.limit())
+    });
+    (cpus(quota, period), memory_bytes(memory))
+}
+
+/// So many that a quota can be used up; one more than none.
+pub(super) fn cpus(quota: Option<i64>, period: Option<i64>) -> u32 {
+    let period = period.filter(|period| *period > 0).unwrap_or(100_000);
+    let needed = quota.filter(|quota| *quota > 0).map(|quota| (quota - 1) / period + 1);
+    let needed = needed.and_then(|needed| u32::try_from(needed).ok());
+    needed.map_or(DEFAULT_CPUS, |needed| needed.clamp(1, MAX_CPUS))
+}
+
+/// A limit, and what the guest itself needs.
+pub(super) fn memory_bytes(limit: Option<i64>) -> u64 {
+    let limit = limit.and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > 0);
+    let needed = limit.and_then(|limit| limit.checked_add(OVERHEAD_BYTES));
+    // A limit that is "none" is written as a huge number by some.
+    needed
+        .filter(|needed| *needed < 1 << 46)
+        .map_or(DEFAULT_MEMORY_BYTES, |needed| needed.max(DEFAULT_MEMORY_BYTES))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn spec(annotations: &serde_json::Value, resources: &serde_json::Value) -> Spec {
+        serde_json::from_value(json!({
+            "ociVersion": "1.0.2",
+            "root": {"path": "rootfs"},
+            "annotations": annotations,
+            "linux": {"resources": resources},
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn an_id_is_never_a_path() {
+        for id in ["", ".", "..", "a/b", "-a", "a-", "a b", "../x", "a\n", &"x".repeat(77)] {
+            assert!(!is_id(id), "{id:?}");
+        }
+        for id in ["a", "web-1", "A.b_c", &"x".repeat(76)] {
+            assert!(is_id(id), "{id:?}");
+        }
+    }
+
+    #[test]
+    fn a_container_says_its_sandbox() {
+        let joins_pod = spec(&json!({CONTAINER_TYPE: "container", SANDBOX_ID: "pod"}), &json!({}));
+        assert_eq!(sandbox_of("web", Some(&joins_pod)), "pod");
+        assert!(joins(&joins_pod));
+        let alone = spec(&json!({}), &json!({}));
+        assert_eq!(sandbox_of("web", Some(&alone)), "web");
+        assert!(!joins(&alone));
+        let bad = spec(&json!({SANDBOX_ID: "../pod"}), &json!({}));
+        assert_eq!(sandbox_of("web", Some(&bad)), "web");
+        assert_eq!(sandbox_of("web", None), "web");
+    }
+
+    #[test]
+    fn a_sandbox_is_as_large_as_it_says() {
+        assert_eq!(size(&spec(&json!({}), &json!({}))), (1, 512 << 20));
+        let limits = json!({"cpu": {"quota": 150_000, "period": 100_000},
+            "memory": {"limit": 1 << 30}});
+        assert_eq!(size(&spec(&json!({}), &limits)), (2, (1 << 30) + (256 << 20)));
+        let said = json!({CPU_QUOTA: "300000", CPU_PERIOD: "100000", MEMORY: "0"});
+        assert_eq!(size(&spec(&said, &json!({}))), (3, 512 << 20));
+        let unlimited = json!({"memory": {"limit": i64::MAX}, "cpu": {"quota": -1}});
+        assert_eq!(size(&spec(&json!({}), &unlimited)), (1, 512 << 20));
+    }
+
+    #[test]
+    fn a_bundle_without_a_specification_is_no_error_and_a_broken_one_is() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(read_spec(folder.path()).unwrap().is_none());
+        std::fs::write(folder.path().join("config.json"), "{").unwrap();
+        assert!(matches!(read_spec(folder.path()), Err(BundleError::Malformed { .. })));
+    }
+}
