@@ -20,6 +20,7 @@ use std::{
     io::{self, Read},
     os::fd::BorrowedFd,
     os::unix::net::UnixStream,
+    time::{Duration, Instant},
 };
 
 use nacre_proto::{
@@ -28,7 +29,7 @@ use nacre_proto::{
 };
 
 use crate::{
-    acpi::ged::Event,
+    acpi::{ged::Event, reminder::Reminder},
     command::{self, Action, Situation},
     config::OnReset,
     devices::DeviceKey,
@@ -83,6 +84,7 @@ pub struct Control {
     /// The vCPUs hold until every device is still.
     resetting: bool,
     timing: Timing,
+    reminder: Reminder,
 }
 
 /// Whether the loop goes on.
@@ -103,7 +105,9 @@ impl Control {
     ) -> Result<Self, ControlError> {
         let poller = Poller::new().map_err(ControlError::Poll)?;
         let timing = Timing { started_ns, first_run_ns: 0 };
-        let control = Self { vm, poller, signals, supervisor, on_reset, resetting: false, timing };
+        let (resetting, reminder) = (false, Reminder::default());
+        let control =
+            Self { vm, poller, signals, supervisor, on_reset, resetting, timing, reminder };
         control.watch().map_err(ControlError::Poll)?;
         Ok(control)
     }
@@ -136,7 +140,8 @@ impl Control {
         self.timing.first_run_ns = timing::now_ns();
         self.vm.run();
         loop {
-            for token in self.poller.wait().map_err(ControlError::Poll)? {
+            let look_in = self.remind();
+            for token in self.poller.wait(look_in).map_err(ControlError::Poll)? {
                 let exit = self.handle(token)?;
                 self.tell_events();
                 if let Some(exit) = exit {
@@ -145,6 +150,18 @@ impl Control {
                 }
             }
         }
+    }
+
+    /// Tells the guest again what it has not looked at, when that is due; gives when to look next.
+    fn remind(&mut self) -> Option<Duration> {
+        let events = &self.vm.parts.events;
+        let due = self.reminder.look(events.is_unread(), Instant::now());
+        if due.again
+            && let Err(error) = events.raise_again()
+        {
+            log::error!("can't tell the guest again: {error}");
+        }
+        due.look_in
     }
 
     fn handle(&mut self, token: u64) -> Step {

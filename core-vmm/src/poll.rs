@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::{AsRawFd, RawFd},
+    time::Duration,
 };
 
 use epoll::{ControlOptions, Event, Events};
@@ -64,20 +65,21 @@ impl Poller {
         epoll::ctl(self.fd, option, fd.as_raw_fd(), Event::new(events, token))
     }
 
-    /// Waits for events and gives their tokens.
+    /// Waits for events, at most for `most` if there is a limit, and gives their tokens.
     ///
     /// # Errors
     ///
     /// Fails if the kernel does.
-    pub fn wait(&self) -> io::Result<Vec<u64>> {
+    pub fn wait(&self, most: Option<Duration>) -> io::Result<Vec<u64>> {
         const FOREVER_MS: i32 = -1;
+        // Not a moment too early: what is waited for would be looked at over and over.
+        let in_ms = |most: Duration| i32::try_from(most.as_millis() + 1).unwrap_or(i32::MAX);
+        let most_ms = most.map_or(FOREVER_MS, in_ms);
         let mut events = [Event::new(Events::empty(), 0); BATCH];
-        loop {
-            match epoll::wait(self.fd, FOREVER_MS, &mut events) {
-                Ok(count) => return Ok(events[..count].iter().map(|event| event.data).collect()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
+        match epoll::wait(self.fd, most_ms, &mut events) {
+            Ok(count) => Ok(events[..count].iter().map(|event| event.data).collect()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Vec::new()),
+            Err(error) => Err(error),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The generic event device (ACPI 6.5, 5.6.9): one edge interrupt and one register that says what
-//! happened, cleared by reading. Its AML turns that into notifications.
+//! happened, cleared by reading. Its AML turns that into notifications. What is not read is told again
+//! (see [`super::reminder`]).
 
 use std::{
     io,
@@ -69,6 +70,21 @@ impl EventDevice {
     /// Fails if the interrupt can't be raised.
     pub fn raise(&self, event: Event) -> io::Result<()> {
         self.pending.fetch_or(event as u8, Ordering::SeqCst);
+        self.interrupt.write(1)
+    }
+
+    /// Whether there is something that the guest has not read.
+    #[must_use]
+    pub fn is_unread(&self) -> bool {
+        self.pending.load(Ordering::SeqCst) != 0
+    }
+
+    /// Raises the interrupt once more for what the guest has not read.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the interrupt can't be raised.
+    pub fn raise_again(&self) -> io::Result<()> {
         self.interrupt.write(1)
     }
 
@@ -163,10 +179,12 @@ mod tests {
     fn reading_the_register_tells_once_and_interrupts_once() {
         let device = EventDevice::new().unwrap();
         device.raise(Event::PowerButton).unwrap();
+        assert!(device.is_unread());
         assert_eq!(device.interrupt().read().unwrap(), 1);
         let mut data = [0xff; 4];
         device.read(0, &mut data);
         assert_eq!(data, [8, 0, 0, 0]);
+        assert!(!device.is_unread());
         device.read(0, &mut data);
         assert_eq!(data, [0; 4]);
     }

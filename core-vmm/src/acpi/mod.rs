@@ -9,4 +9,5 @@ mod interrupt_pins;
 pub mod memory_hotplug;
 mod ost;
 pub mod pci_hotplug;
+pub mod reminder;
 pub mod tables;

@@ -40,6 +40,7 @@ pub fn run(name: &str, info: StartInfo, tables: &[Table]) {
         "blk-storm" => storm::run(info.number("requests")),
         "memory-hotplug" => memory::run(),
         "hotplug-disks" => hotplug::disks(info.number("rounds").into()),
+        "hotplug-late" => hotplug::late(),
         "net" => net::echo(),
         "vsock" => vsock::echo(),
         "blk-until-it-fails" => load::blk::until_it_fails(),

@@ -1,12 +1,13 @@
 //! Disks that come and go, with a guest that has nothing but the registers.
 
 use std::fs;
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use nacre_proto::vmm::DeviceState;
 use nacre_tests::backend::Backend;
 use nacre_tests::control::Control;
@@ -71,6 +72,24 @@ fn a_disk_is_added_used_and_given_up_fifty_times_and_nothing_stays() -> Result<(
     // Of the log under load some lines may be missing.
     ensure!(!gone.is_empty(), "{}", ended.said);
     ensure!(gone.iter().all(|line| line.contains(" 0 interrupt routes")), "{gone:?}");
+    Ok(())
+}
+
+#[test]
+fn a_guest_that_listens_late_is_told_of_what_came_before() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let backend = disk(dir.path())?;
+    let (mut control, theirs) = Control::new()?;
+    let machine = Machine::bare("hotplug-late")?.control(theirs).with_input();
+    let mut running = machine.start()?;
+    running.until("deaf")?;
+    control.add("disk", BLK, &backend.connect()?.into())?;
+    running.until("told")?;
+    // Answered after the interrupt was raised, which the guest did not hear.
+    control.status()?;
+    let input = running.process().child().stdin.as_mut().context("the guest's serial port")?;
+    input.write_all(b"x")?;
+    running.wait()?.passed("hotplug-late")?;
     Ok(())
 }
 
