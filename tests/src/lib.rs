@@ -17,7 +17,9 @@ pub mod process;
 pub mod relay;
 pub mod soak;
 pub mod supervised;
+pub mod surroundings;
 pub mod terminal;
+pub mod versus;
 pub mod xtask;
 
 mod sys;

@@ -26,8 +26,9 @@ pub struct Machine {
 #[derive(Debug)]
 pub struct Running {
     process: Process,
-    lines: Receiver<String>,
+    lines: Receiver<(String, Instant)>,
     heard: Vec<String>,
+    heard_at: Instant,
 }
 
 /// How a machine ended.
@@ -119,18 +120,7 @@ impl Machine {
         }
         sys::hand_in(&mut self.command, std::mem::take(&mut self.inherited));
         let program = artifacts::program("nacre-vmm")?;
-        let mut process = Process::start(&program, &mut self.command)?;
-        let serial = process.child().stdout.take().context("the VMM's standard output")?;
-        let (sender, lines) = channel();
-        thread::spawn(move || {
-            for line in BufReader::new(serial).split(b'\n').map_while(Result::ok) {
-                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
-                if sender.send(line).is_err() {
-                    break;
-                }
-            }
-        });
-        Ok(Running { process, lines, heard: Vec::new() })
+        Running::heard(Process::start(&program, &mut self.command)?)
     }
 
     /// Starts it and waits until it ended.
@@ -153,6 +143,25 @@ impl Machine {
 }
 
 impl Running {
+    /// A guest whose serial port is the standard output of its VMM, whichever that is.
+    ///
+    /// # Errors
+    ///
+    /// Fails if that is no pipe.
+    pub fn heard(mut process: Process) -> Result<Self> {
+        let serial = process.child().stdout.take().context("the VMM's standard output")?;
+        let (sender, lines) = channel();
+        thread::spawn(move || {
+            for line in BufReader::new(serial).split(b'\n').map_while(Result::ok) {
+                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+                if sender.send((line, Instant::now())).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Self { process, lines, heard: Vec::new(), heard_at: Instant::now() })
+    }
+
     /// The VMM's process.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
@@ -176,17 +185,24 @@ impl Running {
         let deadline = Instant::now() + patience;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let line = match self.lines.recv_timeout(left) {
-                Ok(line) => line,
+            let (line, at) = match self.lines.recv_timeout(left) {
+                Ok(heard) => heard,
                 Err(RecvTimeoutError::Timeout) => bail!("no {start:?}; heard {:?}", self.heard),
                 Err(RecvTimeoutError::Disconnected) => bail!("ended; heard {:?}", self.heard),
             };
             self.heard.push(line.clone());
+            self.heard_at = at;
             if let Some(rest) = line.strip_prefix(start) {
                 return Ok(rest.to_owned());
             }
             ensure!(!line.starts_with("FAIL"), "the guest failed: {line}; heard {:?}", self.heard);
         }
+    }
+
+    /// When the line came that was waited for last.
+    #[must_use]
+    pub fn heard_at(&self) -> Instant {
+        self.heard_at
     }
 
     /// Waits until the VMM ended.
@@ -204,9 +220,9 @@ impl Running {
     ///
     /// Fails if it does not end.
     pub fn wait_for(self, patience: Duration) -> Result<Ended> {
-        let Self { process, lines, mut heard } = self;
+        let Self { process, lines, mut heard, .. } = self;
         let (status, said) = process.wait_for(patience)?;
-        heard.extend(lines.iter());
+        heard.extend(lines.iter().map(|(line, _)| line));
         Ok(Ended { code: status.code(), guest: heard, said })
     }
 }

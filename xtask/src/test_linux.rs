@@ -20,6 +20,7 @@ use crate::test::{Tally, build_bare_guest, build_test, count_tests};
 
 /// So many are done before a second host would be up.
 const FEW_TESTS: usize = 8;
+const QEMU: &str = "usr/bin/qemu-system-x86_64";
 const VIRTIOFSD: &str = "usr/libexec/virtiofsd";
 
 /// What a guest needs, as variables for a test program.
@@ -127,6 +128,24 @@ fn tools(cache: &Cache) -> Result<(PathBuf, String)> {
     Ok((tree.path(""), virtiofsd.context("the cache's path is not text")?))
 }
 
+/// QEMU as words, for a program on the KVM host: the emulated host's own, or the same out of the
+/// host's package tree.
+pub(crate) fn qemu(cache: &Cache) -> Result<String> {
+    if !Host::is_direct()? {
+        return Ok(format!("/{QEMU}"));
+    }
+    let tree = Tree::prepare(cache, &Kernel::prepare(cache)?)?;
+    qemu_of(&tree).into_string().ok().context("the cache's path is not text")
+}
+
+fn qemu_of(tree: &Tree) -> OsString {
+    let mut qemu = words(&tree.command(QEMU));
+    for folder in ["usr/share/qemu", "usr/share/seabios"] {
+        qemu.push(format!(" -L {}", tree.path(folder).display()));
+    }
+    qemu
+}
+
 /// Builds everything and runs the interoperation tests on this machine.
 pub(crate) fn interop(root: &Path, filter: &[String], tally: &mut Tally) -> Result<()> {
     let cache = Cache::open()?;
@@ -134,14 +153,9 @@ pub(crate) fn interop(root: &Path, filter: &[String], tally: &mut Tally) -> Resu
     build_bare_guest(root)?;
     let test = build_test(root, "interop")?;
     let tree = Tree::prepare(&cache, &Kernel::prepare(&cache)?)?;
-    let firmware = ["usr/share/qemu", "usr/share/seabios"].map(|folder| tree.path(folder));
-    let mut qemu = words(&tree.command("usr/bin/qemu-system-x86_64"));
-    for folder in firmware {
-        qemu.push(format!(" -L {}", folder.display()));
-    }
     let mut command = Command::new(test);
     command.arg("--test-threads=1").args(filter).envs(variables(&cache, &programs)?);
-    command.env("NACRE_QEMU", qemu);
+    command.env("NACRE_QEMU", qemu_of(&tree));
     command.env("NACRE_QSD", words(&tree.command("usr/bin/qemu-storage-daemon")));
     command.env("NACRE_VIRTIOFSD", words(&tree.command(VIRTIOFSD)));
     count_tests(&mut command, tally)

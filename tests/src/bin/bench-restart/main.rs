@@ -9,14 +9,12 @@ mod share;
 mod vsock;
 
 use std::env;
-use std::fs;
 use std::io::{Write, stderr, stdout};
-use std::process::{Command, ExitCode};
-use std::thread::available_parallelism;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use nacre_tests::blackout::Summary;
-use rustix::system::uname;
+use nacre_tests::surroundings;
 
 fn main() -> ExitCode {
     match run() {
@@ -42,7 +40,7 @@ fn run() -> Result<bool> {
         }
     }
     ensure!(kills > 0 && !devices.is_empty(), "no kills or no devices");
-    writeln!(stdout(), "{}", surroundings()?)?;
+    writeln!(stdout(), "{}", surroundings::line()?)?;
     let mut all_well = true;
     for device in devices {
         let measured = match device.as_str() {
@@ -65,23 +63,6 @@ fn run() -> Result<bool> {
         }
     }
     Ok(all_well)
-}
-
-/// What figures are worth nothing without.
-fn surroundings() -> Result<String> {
-    let date = Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"]).output()?.stdout;
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let processor = cpuinfo.lines().find_map(|line| line.strip_prefix("model name"));
-    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    Ok(format!(
-        "{}, {} cores ({}), Linux {}, {}, load {}",
-        String::from_utf8_lossy(&date).trim(),
-        available_parallelism()?,
-        processor.unwrap_or("unknown").trim_start_matches([' ', '\t', ':']),
-        uname().release().to_string_lossy(),
-        env::var("NACRE_BENCH_HOST").unwrap_or_default(),
-        load.split(' ').next().unwrap_or("unknown")
-    ))
 }
 
 /// A nic may lose the frames that were on their way; nothing else may happen to anything.
