@@ -3,6 +3,7 @@
 //! This crate never opens a socket, never logs and knows no policy.
 
 pub mod exit;
+pub mod forward;
 pub mod pci;
 pub mod store;
 pub mod stream;
@@ -21,3 +22,5 @@ pub const AGENT_MINOR: u32 = 2;
 pub const AGENT_PORT: u32 = 1024;
 /// The vsock port on which the agent takes standard streams, one connection each.
 pub const STREAM_PORT: u32 = 1025;
+/// The vsock port on which the agent takes connections to TCP ports inside the guest.
+pub const FORWARD_PORT: u32 = 1026;

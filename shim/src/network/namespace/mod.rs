@@ -11,6 +11,7 @@
 //! counters. What is made here goes with the namespace; without it, the redirections go with
 //! [`Namespace::disconnect`] and the tap with its descriptor.
 
+pub mod forward;
 mod read;
 
 use std::{
@@ -163,13 +164,21 @@ impl Namespace {
     }
 
     fn run(&self, words: &[&str]) -> Result<(), NamespaceError> {
+        self.feed(words, "")
+    }
+
+    fn feed(&self, words: &[&str], input: &str) -> Result<(), NamespaceError> {
         let argument = self.argument();
-        run("nsenter", &[&[argument.as_str(), "--"], words].concat(), "").map_err(self.failed())
+        run("nsenter", &[&[argument.as_str(), "--"], words].concat(), input).map_err(self.failed())
     }
 
     fn ask(&self, words: &[&str]) -> Result<String, NamespaceError> {
         let argument = self.argument();
         ask("nsenter", &[&[argument.as_str(), "--"], words].concat()).map_err(self.failed())
+    }
+
+    fn failed_inside(&self, source: io::Error) -> NamespaceError {
+        NamespaceError::Enter(self.path.clone(), source)
     }
 
     fn failed(&self) -> impl FnOnce(NetworkError) -> NamespaceError + use<'_> {

@@ -71,10 +71,10 @@ fn a_tap_has_a_name_that_the_kernel_takes() {
 }
 
 /// A process in a network namespace of its own.
-struct Place(Child);
+pub(super) struct Place(Child);
 
 impl Place {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let mut command = Command::new("unshare");
         command.args(["--net", "sh", "-c", "echo ready; exec sleep 1000"]);
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
@@ -87,7 +87,7 @@ impl Place {
         format!("/proc/{}/ns/net", self.0.id()).into()
     }
 
-    fn namespace(&self) -> Namespace {
+    pub(super) fn namespace(&self) -> Namespace {
         Namespace::open(&self.path()).unwrap()
     }
 }
@@ -99,7 +99,7 @@ impl Drop for Place {
     }
 }
 
-fn is_root() -> bool {
+pub(super) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
