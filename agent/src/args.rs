@@ -1,8 +1,10 @@
-//! The command line, as one of the agent's three modes.
+//! The command line, as one of the agent's four modes.
 
 use std::{ffi::OsString, path::PathBuf};
 
 use rustix::process::getpid;
+
+use crate::holder::MODE;
 
 /// What this process is to be.
 #[derive(Debug, PartialEq, Eq)]
@@ -13,6 +15,8 @@ pub(crate) enum Mode {
     ListenUnix(PathBuf),
     /// A child of the agent that runs libcontainer once; its standard input is the control socket.
     Launch,
+    /// The first process of a PID namespace, which has nothing to do.
+    Hold,
 }
 
 /// Why the command line makes no sense.
@@ -40,6 +44,9 @@ impl Mode {
                 }
             }
             [word] if word == "launch" => Ok(Self::Launch),
+            // Before the mode of a guest: it is a PID 1, too. The kernel's own words are never this
+            // one alone, for a guest's command line always has others.
+            [word] if word == MODE => Ok(Self::Hold),
             // The kernel hands the words of its command line that it doesn't know to PID 1.
             _ if getpid().is_init() => Ok(Self::Init),
             _ => Err(ArgsError::Usage),
@@ -62,6 +69,7 @@ mod tests {
             Mode::ListenUnix(PathBuf::from("/tmp/x"))
         );
         assert_eq!(parse(&["launch"]).unwrap(), Mode::Launch);
+        assert_eq!(parse(&["hold"]).unwrap(), Mode::Hold);
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! `nacre-agent`: PID 1 of the guest. Arguments, mode, run, error chain, exit code.
 //!
-//! Three modes: PID 1 (set the guest up, serve on vsock, power off), `--listen-unix DIR` (the same
-//! service on unix sockets inside private namespaces, for tests without a VM) and `launch` (a
-//! short-lived, single-threaded child that runs libcontainer once and ends).
+//! Four modes: PID 1 (set the guest up, serve on vsock, power off), `--listen-unix DIR` (the same
+//! service on unix sockets inside private namespaces, for tests without a VM), `launch` (a
+//! short-lived, single-threaded child that runs libcontainer once and ends) and `hold` (the first
+//! process of the PID namespace that a sandbox's containers share).
 
 use std::{env, process::ExitCode};
 
@@ -13,6 +14,7 @@ mod cgroup;
 mod container;
 mod devices;
 mod events;
+mod holder;
 mod ids;
 mod init;
 mod journal;
@@ -45,6 +47,10 @@ fn main() -> ExitCode {
     let outcome = match &mode {
         Mode::Init => init::run_guest(began),
         Mode::ListenUnix(folder) => init::run_in_namespaces(folder, began),
+        Mode::Hold => {
+            journal::to_stderr();
+            return holder::run();
+        }
         Mode::Launch => {
             journal::to_stderr();
             return launch::child::run();

@@ -2,7 +2,7 @@
 
 use std::{
     ffi::CString,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -10,8 +10,8 @@ use rustix::{
     fs::statfs,
     io::Errno,
     mount::{
-        MountFlags, MountPropagationFlags, mount, mount_bind, mount_change, mount_move,
-        mount_remount,
+        MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change,
+        mount_move, mount_remount, unmount,
     },
     process::{chdir, chroot},
 };
@@ -34,7 +34,7 @@ pub(crate) enum MountError {
         path: PathBuf,
         /// What the kernel said.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     /// A file system could not be mounted.
     #[error("can't mount {fs_type} on {target:?}")]
@@ -170,4 +170,74 @@ fn make_root_pivotable() -> Result<(), MountError> {
     mount_move(".", "/").map_err(failed("move"))?;
     chroot(".").map_err(failed("change"))?;
     chdir("/").map_err(failed("enter"))
+}
+
+/// Mount points below `folder`, in the order in which they were mounted (proc(5), mountinfo).
+pub(crate) fn mounted_below<'a>(table: &'a str, folder: &str) -> std::vec::IntoIter<&'a str> {
+    let below =
+        |target: &&str| target.strip_prefix(folder).is_some_and(|rest| rest.starts_with('/'));
+    let targets: Vec<_> =
+        table.lines().filter_map(|line| line.split(' ').nth(4)).filter(below).collect();
+    targets.into_iter()
+}
+
+/// Unmounts everything in `folder`, the last first, and removes the folders that are empty then.
+///
+/// # Errors
+///
+/// Fails, with as much done as could be, if the table of mounts can't be read or a file system is
+/// neither unmounted nor parted from its folder.
+pub(crate) fn unmount_below(folder: &Path) -> io::Result<()> {
+    let table = fs::read_to_string("/proc/self/mountinfo")?;
+    let name = folder.to_string_lossy();
+    let itself = table.lines().filter_map(|line| line.split(' ').nth(4)).filter(|at| **at == *name);
+    let mut outcome = Ok(());
+    for target in itself.chain(mounted_below(&table, &name)).collect::<Vec<_>>().into_iter().rev() {
+        let mut unmounted = unmount(target, UnmountFlags::NOFOLLOW);
+        if unmounted == Err(Errno::BUSY) {
+            log::warn!("{target} is in use: it goes when it is not any more");
+            unmounted = unmount(target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH);
+        }
+        outcome = outcome.and(unmounted.map_err(io::Error::from));
+    }
+    remove_empty(folder);
+    outcome
+}
+
+/// Removes folders from the bottom up, and nothing that has something in it.
+fn remove_empty(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_empty(&entry.path());
+        }
+    }
+    if let Err(error) = fs::remove_dir(folder)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        log::warn!("{} stays: {error}", folder.display());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_mounts_below_the_folder_are_found() {
+        let table = "1 0 0:1 / / rw - tmpfs t rw\n2 1 0:2 / /run/nacre/a rw - tmpfs t rw\n\
+                     3 1 0:3 / /run/nacrex rw - tmpfs t rw\n4 2 0:4 / /run/nacre/a/b rw - x x rw\n";
+        let found: Vec<_> = mounted_below(table, "/run/nacre").collect();
+        assert_eq!(found, ["/run/nacre/a", "/run/nacre/a/b"]);
+    }
+
+    #[test]
+    fn only_empty_folders_are_removed() {
+        let top = tempfile::tempdir().unwrap();
+        let file = top.path().join("a/b/file");
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::create_dir_all(top.path().join("a/c/d")).unwrap();
+        fs::write(&file, "").unwrap();
+        remove_empty(&top.path().join("a"));
+        assert!(file.exists() && !top.path().join("a/c").exists());
+    }
 }

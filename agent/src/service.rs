@@ -21,7 +21,7 @@ use tokio::sync::Notify;
 use ttrpc::{Code, r#async::TtrpcContext, error::get_rpc_status};
 
 use crate::{
-    container::{ContainerError, Containers, NewContainer, NewProcess},
+    container::{ContainerError, Containers, NamespaceRequest, NewContainer, NewProcess},
     devices::{
         function::FunctionRequest,
         give::{self, GiveError},
@@ -31,7 +31,7 @@ use crate::{
     monotonic::Monotonic,
     process::{ProcessError, Size, stdio::Wiring},
     resources::{self, Used},
-    sandbox::{Sandbox, SandboxError, disks::DiskRequest},
+    sandbox::{Sandbox, SandboxError, disks::DiskRequest, storage::StoragePlan},
     shutdown,
     text::chain,
 };
@@ -107,11 +107,14 @@ fn new_container(request: CreateContainerRequest) -> Result<NewContainer, Contai
     let disk = |device: &nacre_proto::agent::Device| {
         DiskRequest::parse(&device.serial, &device.container_path, device.read_only)
     };
+    let id = ContainerId::parse(&request.container_id)?;
     Ok(NewContainer {
-        id: ContainerId::parse(&request.container_id)?,
         wiring: wiring(request.terminal, request.stdin),
         disks: request.devices.iter().map(disk).collect::<Result<_, _>>()?,
         functions: FunctionRequest::parse_all(&request.functions)?,
+        storages: StoragePlan::parse_for(&id, &request.storages)?,
+        namespaces: NamespaceRequest::parse_all(&request.namespaces)?,
+        id,
         oci_spec: request.oci_spec,
     })
 }

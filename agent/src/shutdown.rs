@@ -11,7 +11,13 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use crate::{cgroup::Cgroup, container::Containers, mounts::STATE, process::Process, text::chain};
+use crate::{
+    cgroup::Cgroup,
+    container::Containers,
+    mounts::{STATE, mounted_below},
+    process::Process,
+    text::chain,
+};
 
 /// How long processes have between SIGTERM and SIGKILL.
 const TERM_LIMIT: Duration = Duration::from_secs(2);
@@ -77,31 +83,14 @@ fn settle_file_systems() {
     sync();
 }
 
-/// Mount points below `folder`, in the order in which they were mounted (proc(5), mountinfo).
-fn mounted_below<'a>(table: &'a str, folder: &str) -> std::vec::IntoIter<&'a str> {
-    let below =
-        |target: &&str| target.strip_prefix(folder).is_some_and(|rest| rest.starts_with('/'));
-    let targets: Vec<_> =
-        table.lines().filter_map(|line| line.split(' ').nth(4)).filter(below).collect();
-    targets.into_iter()
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{mounted_below, unwritten};
+    use super::unwritten;
 
     #[test]
     fn what_is_not_written_yet_is_added_up() {
         let text = "MemTotal: 9 kB\nDirty:       12 kB\nWriteback:    3 kB\nWritebackTmp:   1 kB\n";
         assert_eq!(unwritten(text), 16 << 10);
         assert_eq!(unwritten("Dirty: many\n"), 0);
-    }
-
-    #[test]
-    fn only_mounts_below_the_folder_are_found() {
-        let table = "1 0 0:1 / / rw - tmpfs t rw\n2 1 0:2 / /run/nacre/a rw - tmpfs t rw\n\
-                     3 1 0:3 / /run/nacrex rw - tmpfs t rw\n4 2 0:4 / /run/nacre/a/b rw - x x rw\n";
-        let found: Vec<_> = mounted_below(table, "/run/nacre").collect();
-        assert_eq!(found, ["/run/nacre/a", "/run/nacre/a/b"]);
     }
 }

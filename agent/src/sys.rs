@@ -94,6 +94,17 @@ pub(crate) fn signal_pid(pid: Pid, signal: i32) -> io::Result<()> {
     checked(result.into())
 }
 
+/// Has the kernel reap this process's children as they end.
+///
+/// # Errors
+///
+/// Fails if the kernel refuses.
+pub(crate) fn let_kernel_reap() -> io::Result<()> {
+    // SAFETY: no handler is installed: the signal is ignored from now on.
+    let before = unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    if before == libc::SIG_ERR { Err(Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Installs a seccomp filter on the calling thread.
 ///
 /// # Errors

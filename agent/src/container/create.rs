@@ -7,12 +7,14 @@ use std::{
 };
 
 use serde::Serialize;
+use tokio::task::spawn_blocking;
 
 use crate::{
     cgroup::Cgroup,
     container::{
         CONTAINERS_MAX, Container, ContainerError, Containers, Slot, init_of,
         memory::Killings,
+        namespaces::NamespaceRequest,
         of, record_end,
         spec::{Amended, DiskNode, amend},
     },
@@ -22,11 +24,15 @@ use crate::{
         BUNDLES, CAPABILITIES_SUFFIX, Kind, LIBCONTAINER_STATE, Order,
         spawn::{Launch, LaunchError},
     },
+    mounts::unmount_below,
     process::{
         Process,
         stdio::{Inherited, Owner, Wiring},
     },
-    sandbox::disks::{self, DiskRequest},
+    sandbox::{
+        disks::{self, DiskRequest},
+        storage::{self, StoragePlan},
+    },
     text::chain,
 };
 
@@ -43,6 +49,10 @@ pub(crate) struct NewContainer {
     pub(crate) disks: Vec<DiskRequest>,
     /// Devices of the host's.
     pub(crate) functions: Vec<FunctionRequest>,
+    /// What is mounted for it alone.
+    pub(crate) storages: Vec<StoragePlan>,
+    /// Namespaces that it does not get of its own.
+    pub(crate) namespaces: Vec<NamespaceRequest>,
 }
 
 /// A name that is taken but not in use yet; given back when dropped.
@@ -67,7 +77,10 @@ impl Containers {
         let mut nodes = disks::nodes(&new.disks).await?;
         nodes.extend(function::nodes(&new.functions).await?);
         let terminal = new.wiring == Wiring::Terminal;
-        let amended = amend(&new.oci_spec, Cgroup::spec_path(&new.id), &nodes, terminal)?;
+        // Held open until the init is in them.
+        let shared = self.shared(&new.namespaces)?;
+        let group = Cgroup::spec_path(&new.id);
+        let amended = amend(&new.oci_spec, group, &nodes, &shared, terminal)?;
         let made = self.make(&new, amended, &nodes).await;
         let container = match made {
             Ok(container) => container,
@@ -103,6 +116,9 @@ impl Containers {
         amended: Amended,
         nodes: &[DiskNode],
     ) -> Result<Container, ContainerError> {
+        for storage in &new.storages {
+            storage.mount().await?;
+        }
         for node in nodes.iter().filter(|node| node.read_only) {
             disks::set_read_only(node)?;
         }
@@ -219,6 +235,13 @@ pub(super) async fn remove_traces(id: &ContainerId) {
             && let Err(error) = fs::remove_dir_all(&path)
         {
             log::error!("can't remove {}: {error}", path.display());
+        }
+    }
+    for folder in storage::folders(id) {
+        // To write a file system back may take its time.
+        let unmounted = spawn_blocking(move || unmount_below(&folder)).await;
+        if let Err(error) = unmounted.unwrap_or_else(|error| Err(error.into())) {
+            log::error!("can't unmount the storages of {id}: {error}");
         }
     }
 }

@@ -8,7 +8,7 @@ use std::{
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 
-use crate::{cgroup::Cgroup, events::Events, ids::ContainerId, streams::pipe::Pipe};
+use crate::{cgroup::Cgroup, events::Events, ids::ContainerId, streams::pipe::Pipe, text::chain};
 
 /// How often the killer struck in a container, as far as the host was told.
 #[derive(Debug)]
@@ -37,6 +37,13 @@ impl Killings {
             self.events.out_of_memory(self.container.clone());
         }
         kills > 0
+    }
+
+    /// Ends what is left of the container.
+    pub(super) fn end_group(&self) {
+        if let Err(error) = self.cgroup.signal_all(libc::SIGKILL) {
+            log::error!("{}: {}", self.container, chain(&error));
+        }
     }
 
     /// Looks each time that the kernel counts something, until this is dropped.

@@ -23,6 +23,7 @@ use crate::{
     },
     devices::function::FunctionError,
     events::Events,
+    holder::HolderError,
     ids::{ContainerId, ExecId, IdError, ProcessId},
     launch::spawn::{Launch, LaunchError},
     process::{
@@ -30,7 +31,7 @@ use crate::{
         reap::{FollowError, Reaper},
         state::{Event, Exit, IllegalEvent, Live},
     },
-    sandbox::disks::DiskError,
+    sandbox::{disks::DiskError, storage::StorageError},
 };
 
 mod added;
@@ -40,11 +41,13 @@ mod delete;
 mod exec;
 mod limits;
 mod memory;
+mod namespaces;
 pub(crate) mod spec;
 mod start;
 
 pub(crate) use create::NewContainer;
 pub(crate) use exec::NewProcess;
+pub(crate) use namespaces::NamespaceRequest;
 
 /// The most containers at a time.
 const CONTAINERS_MAX: usize = 512;
@@ -101,6 +104,12 @@ pub(crate) enum ContainerError {
     /// The control group.
     #[error("can't use the control group")]
     Cgroup(#[from] CgroupError),
+    /// A namespace that is to be shared.
+    #[error("can't share a PID namespace")]
+    Holder(#[from] HolderError),
+    /// What is mounted for it.
+    #[error("can't mount its storages")]
+    Storage(#[from] StorageError),
     /// Its memory.
     #[error("can't watch its memory")]
     Watch(#[source] io::Error),
@@ -158,7 +167,12 @@ impl ContainerError {
                 Code::INVALID_ARGUMENT
             }
             Self::Function(_) => Code::UNAVAILABLE,
-            Self::NotFound(_) | Self::Disk(_) => Code::NOT_FOUND,
+            Self::Storage(StorageError::Invalid { .. } | StorageError::TooMany(_)) => {
+                Code::INVALID_ARGUMENT
+            }
+            Self::NotFound(_)
+            | Self::Disk(_)
+            | Self::Storage(StorageError::Disk(DiskError::NoDisk { .. })) => Code::NOT_FOUND,
             Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::Busy(_)
             | Self::ShuttingDown
@@ -171,6 +185,8 @@ impl ContainerError {
             Self::Launch { source: LaunchError::NotExecutable(_), .. } => Code::PERMISSION_DENIED,
             Self::Launch { source: LaunchError::Limit, .. } => Code::DEADLINE_EXCEEDED,
             Self::Cgroup(_)
+            | Self::Holder(_)
+            | Self::Storage(_)
             | Self::Watch(_)
             | Self::Streams(_)
             | Self::File { .. }
@@ -249,6 +265,9 @@ struct Slots {
 pub(crate) struct Containers {
     reaper: Arc<Reaper>,
     events: Arc<Events>,
+    /// The first process of the sandbox's own PID namespace, once there is one; locked while it is
+    /// made.
+    holder: Mutex<Option<Live>>,
     /// Locked for map operations only.
     slots: Mutex<Slots>,
 }
@@ -256,7 +275,12 @@ pub(crate) struct Containers {
 impl Containers {
     /// No containers; their processes will be reaped by `reaper`.
     pub(crate) fn new(reaper: Arc<Reaper>) -> Self {
-        Self { reaper, events: Arc::new(Events::new()), slots: Mutex::default() }
+        Self {
+            reaper,
+            events: Arc::new(Events::new()),
+            holder: Mutex::default(),
+            slots: Mutex::default(),
+        }
     }
 
     /// What happens in them.
@@ -348,6 +372,10 @@ fn record_end(process: Arc<Process>, killings: Arc<Killings>, end: oneshot::Rece
         };
         // What the killer did is told before the end that it caused.
         exit.oom_killed = killings.look();
+        if process.id.exec.is_none() {
+            // The kernel ends the others only in a PID namespace that was the init's own.
+            killings.end_group();
+        }
         if let Err(error) = process.apply(Event::Ended(exit)) {
             log::error!("{} ended twice: {error}", process.id);
         }

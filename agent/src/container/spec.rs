@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::{
     cgroup::limits::{self, LimitError, Setting},
-    container::capabilities,
+    container::{capabilities, namespaces::Shared},
 };
 
 /// The longest specification, in bytes.
@@ -80,6 +80,7 @@ pub(crate) fn amend(
     json: &[u8],
     cgroup: PathBuf,
     disks: &[DiskNode],
+    shared: &[Shared],
     terminal: bool,
 ) -> Result<Amended, SpecError> {
     if json.len() > SPEC_BYTES_MAX {
@@ -94,7 +95,7 @@ pub(crate) fn amend(
         return Err(SpecError::Unsupported("hooks: they are the host's"));
     }
     let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux"))?;
-    amend_linux(&mut linux, cgroup, disks)?;
+    amend_linux(&mut linux, cgroup, disks, shared)?;
     let limits = linux.resources().as_ref().map(limits::settings).transpose()?.unwrap_or_default();
     linux.set_resources(None);
     let mut process = spec.process().clone().ok_or(SpecError::Missing("process"))?;
@@ -133,12 +134,17 @@ fn has_hooks(hooks: &Hooks) -> bool {
     .any(|list| !list.is_empty())
 }
 
-fn amend_linux(linux: &mut Linux, cgroup: PathBuf, disks: &[DiskNode]) -> Result<(), SpecError> {
-    check_namespaces(linux.namespaces().as_deref().unwrap_or_default())?;
+fn amend_linux(
+    linux: &mut Linux,
+    cgroup: PathBuf,
+    disks: &[DiskNode],
+    shared: &[Shared],
+) -> Result<(), SpecError> {
+    check_namespaces(linux.namespaces().as_deref().unwrap_or_default(), shared)?;
     if linux.uid_mappings().is_some() || linux.gid_mappings().is_some() {
         return Err(SpecError::Unsupported("user namespaces"));
     }
-    linux.set_namespaces(Some(own_namespaces()));
+    linux.set_namespaces(Some(namespaces(shared)));
     linux.set_cgroups_path(Some(cgroup));
     linux.set_mount_label(None);
     linux.set_intel_rdt(None);
@@ -155,12 +161,13 @@ fn amend_linux(linux: &mut Linux, cgroup: PathBuf, disks: &[DiskNode]) -> Result
 }
 
 /// A namespace to be joined has no meaning here, but for the network: that is the guest's.
-fn check_namespaces(namespaces: &[LinuxNamespace]) -> Result<(), SpecError> {
+fn check_namespaces(namespaces: &[LinuxNamespace], shared: &[Shared]) -> Result<(), SpecError> {
     for namespace in namespaces {
         match namespace.typ() {
             LinuxNamespaceType::User => return Err(SpecError::Unsupported("user namespaces")),
             LinuxNamespaceType::Time => return Err(SpecError::Unsupported("time namespaces")),
             LinuxNamespaceType::Network => {}
+            kind if shared.iter().any(|shared| shared.kind == kind) => {}
             _ if namespace.path().is_some() => {
                 return Err(SpecError::Unsupported("namespaces of other containers"));
             }
@@ -170,7 +177,8 @@ fn check_namespaces(namespaces: &[LinuxNamespace]) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn own_namespaces() -> Vec<LinuxNamespace> {
+/// Those of the container's own, but for those that it shares.
+fn namespaces(shared: &[Shared]) -> Vec<LinuxNamespace> {
     [
         LinuxNamespaceType::Pid,
         LinuxNamespaceType::Mount,
@@ -180,7 +188,8 @@ fn own_namespaces() -> Vec<LinuxNamespace> {
     ]
     .map(|kind| {
         let mut namespace = LinuxNamespace::default();
-        namespace.set_typ(kind).set_path(None);
+        let shared = shared.iter().find(|shared| shared.kind == kind);
+        namespace.set_typ(kind).set_path(shared.map(Shared::path));
         namespace
     })
     .into()
@@ -265,7 +274,7 @@ mod tests {
     }
 
     fn amended(spec: &Value) -> Result<Amended, SpecError> {
-        amend(spec.to_string().as_bytes(), PathBuf::from("/nacre/c"), &[], false)
+        amend(spec.to_string().as_bytes(), PathBuf::from("/nacre/c"), &[], &[], false)
     }
 
     #[test]
@@ -303,6 +312,21 @@ mod tests {
     }
 
     #[test]
+    fn a_shared_namespace_takes_the_place_of_an_own_one() {
+        let mut spec = spec();
+        spec["linux"]["namespaces"] = json!([{ "type": "ipc", "path": "/proc/1/ns/ipc" }]);
+        let shared = [Shared::of_tests(LinuxNamespaceType::Ipc)];
+        let cgroup = PathBuf::from("/nacre/c");
+        let json = spec.to_string();
+        let amended = amend(json.as_bytes(), cgroup, &[], &shared, false).unwrap();
+        let linux = amended.spec.linux().as_ref().unwrap();
+        for namespace in linux.namespaces().as_ref().unwrap() {
+            let is_shared = namespace.typ() == LinuxNamespaceType::Ipc;
+            assert_eq!(namespace.path().clone(), is_shared.then(|| shared[0].path()));
+        }
+    }
+
+    #[test]
     fn what_a_guest_cannot_honour_is_refused() {
         let cases = [
             ("/linux/namespaces", json!([{ "type": "user" }])),
@@ -328,7 +352,8 @@ mod tests {
         let disk =
             DiskNode { path: PathBuf::from("/dev/data"), major: 254, minor: 16, read_only: true };
         let json = spec().to_string();
-        let amended = amend(json.as_bytes(), PathBuf::from("/nacre/c"), &[disk], false).unwrap();
+        let amended =
+            amend(json.as_bytes(), PathBuf::from("/nacre/c"), &[disk], &[], false).unwrap();
         let linux = amended.spec.linux().as_ref().unwrap();
         let device = &linux.devices().as_ref().unwrap()[0];
         assert_eq!((device.major(), device.minor()), (254, 16));
@@ -338,8 +363,8 @@ mod tests {
     #[test]
     fn garbage_and_excess_are_refused() {
         let cgroup = || PathBuf::from("/nacre/c");
-        assert!(matches!(amend(b"{", cgroup(), &[], false), Err(SpecError::Parse(_))));
+        assert!(matches!(amend(b"{", cgroup(), &[], &[], false), Err(SpecError::Parse(_))));
         let large = vec![b' '; SPEC_BYTES_MAX + 1];
-        assert!(matches!(amend(&large, cgroup(), &[], false), Err(SpecError::TooLarge(_))));
+        assert!(matches!(amend(&large, cgroup(), &[], &[], false), Err(SpecError::TooLarge(_))));
     }
 }

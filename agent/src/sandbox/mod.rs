@@ -8,15 +8,19 @@ use ttrpc::Code;
 use crate::sandbox::{
     disks::DiskError,
     identity::{Identity, IdentityError},
+    neighbors::Neighbors,
     network::{Network, NetworkError},
     storage::{StorageError, StoragePlan},
+    sysctl::{SysctlError, Sysctls},
 };
 
 pub(crate) mod disks;
 pub(crate) mod identity;
+mod neighbors;
 mod netlink;
 pub(crate) mod network;
 pub(crate) mod storage;
+mod sysctl;
 
 /// Why the sandbox could not be configured.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +34,9 @@ pub(crate) enum SandboxError {
     /// The network.
     #[error("can't set the network up")]
     Network(#[from] NetworkError),
+    /// A setting of the kernel.
+    #[error("can't change the kernel's settings")]
+    Sysctl(#[from] SysctlError),
     /// A storage.
     #[error("can't set a storage up")]
     Storage(#[from] StorageError),
@@ -42,12 +49,15 @@ impl SandboxError {
             Self::ConfiguredBefore => Code::FAILED_PRECONDITION,
             Self::Identity(error) if error.is_hosts() => Code::INVALID_ARGUMENT,
             Self::Network(NetworkError::Invalid { .. } | NetworkError::TooMany { .. })
+            | Self::Sysctl(SysctlError::Invalid { .. } | SysctlError::TooMany(_))
             | Self::Storage(StorageError::Invalid { .. } | StorageError::TooMany(_)) => {
                 Code::INVALID_ARGUMENT
             }
             Self::Network(NetworkError::NoDevice { .. })
             | Self::Storage(StorageError::Disk(DiskError::NoDisk { .. })) => Code::NOT_FOUND,
-            Self::Identity(_) | Self::Network(_) | Self::Storage(_) => Code::INTERNAL,
+            Self::Identity(_) | Self::Network(_) | Self::Sysctl(_) | Self::Storage(_) => {
+                Code::INTERNAL
+            }
         }
     }
 }
@@ -56,7 +66,9 @@ impl SandboxError {
 #[derive(Debug)]
 struct Plan {
     identity: Identity,
+    sysctls: Sysctls,
     network: Network,
+    neighbors: Neighbors,
     storages: Vec<StoragePlan>,
 }
 
@@ -76,6 +88,8 @@ impl Sandbox {
         let plan = Plan {
             identity: Identity::parse(&request)?,
             network: Network::parse(&request.interfaces, &request.routes)?,
+            sysctls: Sysctls::parse(&request.sysctls)?,
+            neighbors: Neighbors::parse(&request.neighbors)?,
             storages: StoragePlan::parse_all(&request.storages)?,
         };
         {
@@ -88,7 +102,12 @@ impl Sandbox {
             *configured = true;
         }
         plan.identity.apply()?;
+        // Before the network: some settings are about what its interfaces do when they come up.
+        let (early, late) = plan.sysctls.split();
+        early.apply()?;
         plan.network.apply().await?;
+        plan.neighbors.apply()?;
+        late.apply()?;
         for storage in &plan.storages {
             storage.mount().await?;
         }

@@ -9,6 +9,7 @@ use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressFlags, AddressMessage},
     link::{LinkAttribute, LinkFlags, LinkMessage},
+    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
     route::{
         RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
         RouteType,
@@ -30,6 +31,14 @@ pub(super) struct KernelRoute {
     /// Address and prefix length; the unspecified address and 0 is the default route.
     pub(super) destination: (IpAddr, u8),
     pub(super) gateway: Option<IpAddr>,
+    pub(super) interface_index: u32,
+}
+
+/// An entry of the neighbour table that does not age.
+#[derive(Clone, Debug)]
+pub(super) struct KernelNeighbor {
+    pub(super) address: IpAddr,
+    pub(super) mac: [u8; 6],
     pub(super) interface_index: u32,
 }
 
@@ -98,6 +107,20 @@ impl Netlink {
             message.attributes.push(RouteAttribute::Gateway(RouteAddress::from(gateway)));
         }
         self.ask(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_REPLACE)
+    }
+
+    pub(super) fn add_neighbor(&self, neighbor: &KernelNeighbor) -> io::Result<()> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = family(neighbor.address);
+        message.header.ifindex = neighbor.interface_index;
+        message.header.state = NeighbourState::Permanent;
+        let address = match neighbor.address {
+            IpAddr::V4(address) => NeighbourAddress::Inet(address),
+            IpAddr::V6(address) => NeighbourAddress::Inet6(address),
+        };
+        message.attributes.push(NeighbourAttribute::Destination(address));
+        message.attributes.push(NeighbourAttribute::LinkLayerAddress(neighbor.mac.to_vec()));
+        self.ask(RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE)
     }
 
     /// Sends a request and waits for the kernel's verdict.

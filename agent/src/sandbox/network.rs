@@ -16,7 +16,7 @@ use tokio::{
 
 use crate::sandbox::netlink::{KernelRoute, LinkChange, Netlink};
 
-const DEVICES: &str = "/sys/class/net";
+pub(super) const DEVICES: &str = "/sys/class/net";
 /// How long an interface may take to appear after the host attached it.
 const APPEAR_LIMIT: Duration = Duration::from_secs(10);
 const INTERFACES_MAX: usize = 32;
@@ -85,11 +85,11 @@ pub(crate) struct Network {
     routes: Vec<RoutePlan>,
 }
 
-fn invalid(what: &'static str, value: &str) -> NetworkError {
+pub(super) fn invalid(what: &'static str, value: &str) -> NetworkError {
     NetworkError::Invalid { what, value: value.to_owned() }
 }
 
-fn limited(what: &'static str, count: usize, max: usize) -> Result<(), NetworkError> {
+pub(super) fn limited(what: &'static str, count: usize, max: usize) -> Result<(), NetworkError> {
     if count <= max { Ok(()) } else { Err(NetworkError::TooMany { what, count, max }) }
 }
 
@@ -245,11 +245,11 @@ fn find(devices: &Path, mac: &str) -> Option<u32> {
     devices.filter(|device| has_mac(device)).find_map(|device| index_of(&device))
 }
 
-fn index_of(device: &Path) -> Option<u32> {
+pub(super) fn index_of(device: &Path) -> Option<u32> {
     fs::read_to_string(device.join("ifindex")).ok()?.trim().parse().ok()
 }
 
-fn name(name: &str) -> Result<String, NetworkError> {
+pub(super) fn name(name: &str) -> Result<String, NetworkError> {
     let allowed = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b'%');
     let is_name = (1..=NAME_BYTES_MAX).contains(&name.len()) && !matches!(name, "." | "..");
     if is_name && name.bytes().all(allowed) {

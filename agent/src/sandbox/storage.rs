@@ -13,11 +13,14 @@ use rustix::{
 use tokio::task::{JoinError, spawn_blocking};
 
 use crate::{
+    ids::ContainerId,
     mounts::{MountError, STATE, make_folder, mount_at},
     sandbox::disks::{self, DiskError, Serial},
 };
 
 const STORAGES_MAX: usize = 256;
+/// Where the storages of containers are, each in a folder of its own.
+const CONTAINERS: &str = "/run/nacre/containers";
 /// Where upper and work folders of overlays are, each on a tmpfs of its own.
 const SCRATCH: &str = "/run/nacre/scratch";
 
@@ -82,20 +85,50 @@ pub(crate) struct StoragePlan {
     data: Vec<String>,
 }
 
+/// Where the storages of one container are, and their scratch.
+pub(crate) fn folders(id: &ContainerId) -> [PathBuf; 2] {
+    [Path::new(CONTAINERS).join(id), Path::new(SCRATCH).join("containers").join(id)]
+}
+
 fn invalid(what: &'static str, value: &str) -> StorageError {
     StorageError::Invalid { what, value: value.to_owned() }
 }
 
 impl StoragePlan {
-    /// Checks what the host gave.
+    /// Checks what the host gave for all containers.
     pub(crate) fn parse_all(storages: &[Storage]) -> Result<Vec<Self>, StorageError> {
+        Self::parse_below(storages, Path::new(STATE), &Path::new(SCRATCH).join("sandbox"))
+    }
+
+    /// Checks what the host gave for one container.
+    pub(crate) fn parse_for(
+        id: &ContainerId,
+        storages: &[Storage],
+    ) -> Result<Vec<Self>, StorageError> {
+        let [top, scratch] = folders(id);
+        Self::parse_below(storages, &top, &scratch)
+    }
+
+    fn parse_below(
+        storages: &[Storage],
+        top: &Path,
+        scratch: &Path,
+    ) -> Result<Vec<Self>, StorageError> {
         if storages.len() > STORAGES_MAX {
             return Err(StorageError::TooMany(storages.len()));
         }
-        storages.iter().enumerate().map(|(index, storage)| Self::parse(index, storage)).collect()
+        let plan = |(index, storage): (usize, &Storage)| {
+            let plan = Self::parse(storage, scratch.join(index.to_string()))?;
+            if plan.target.as_os_str().is_empty() || plan.target.starts_with(top) {
+                Ok(plan)
+            } else {
+                Err(invalid("no path of the container's own:", &storage.mount_point))
+            }
+        };
+        storages.iter().enumerate().map(plan).collect()
     }
 
-    fn parse(index: usize, storage: &Storage) -> Result<Self, StorageError> {
+    fn parse(storage: &Storage, scratch: PathBuf) -> Result<Self, StorageError> {
         let driver = match storage.driver.as_str() {
             "virtiofs" if !storage.source.is_empty() => Driver::Virtiofs(storage.source.clone()),
             "blk" if storage.fs_type.is_empty() => Driver::RawDisk(Serial::parse(&storage.source)?),
@@ -104,10 +137,7 @@ impl StoragePlan {
                 fs_type: storage.fs_type.clone(),
             },
             "tmpfs" => Driver::Tmpfs,
-            "overlay" => Driver::Overlay {
-                lower: below_state(&storage.source)?,
-                scratch: Path::new(SCRATCH).join(index.to_string()),
-            },
+            "overlay" => Driver::Overlay { lower: below_state(&storage.source)?, scratch },
             other => return Err(invalid("no driver:", other)),
         };
         let target = match &driver {
@@ -246,7 +276,7 @@ mod tests {
             plans[3].driver,
             Driver::Overlay {
                 lower: PathBuf::from("/run/nacre/share/a"),
-                scratch: PathBuf::from("/run/nacre/scratch/3"),
+                scratch: PathBuf::from("/run/nacre/scratch/sandbox/3"),
             }
         );
     }
@@ -259,6 +289,18 @@ mod tests {
             assert!(StoragePlan::parse_all(&[storage("tmpfs", "", path)]).is_err(), "{path:?}");
         }
         assert!(StoragePlan::parse_all(&[storage("nfs", "x", "/run/nacre/x")]).is_err());
+    }
+
+    #[test]
+    fn a_containers_storages_are_in_its_own_folder() {
+        let id = ContainerId::parse("web").unwrap();
+        let at = |path: &str| StoragePlan::parse_for(&id, &[storage("tmpfs", "", path)]);
+        assert!(at("/run/nacre/containers/web/shm").is_ok());
+        assert!(at("/run/nacre/containers/web").is_ok());
+        for path in ["/run/nacre/shm", "/run/nacre/containers/db/x", "/run/nacre/containers/web2"] {
+            assert!(at(path).is_err(), "{path:?}");
+        }
+        assert!(StoragePlan::parse_for(&id, &[storage("blk", "serial", "")]).is_ok());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use nacre_proto::agent::{ConfigureSandboxRequest, Interface, Route, Storage};
+use nacre_proto::agent::{ConfigureSandboxRequest, Interface, Neighbor, Route, Storage};
 use ttrpc::Code;
 
 use crate::agent::{Agent, context, with_agent};
@@ -41,6 +41,15 @@ fn route(destination: &str, gateway: &str) -> Route {
     }
 }
 
+fn neighbor(address: &str, mac: &str) -> Neighbor {
+    Neighbor {
+        address: address.to_owned(),
+        mac: mac.to_owned(),
+        interface: "eth0".to_owned(),
+        ..Neighbor::new()
+    }
+}
+
 fn storage(driver: &str, source: &str, mount_point: &str, options: &[&str]) -> Storage {
     Storage {
         driver: driver.to_owned(),
@@ -68,6 +77,13 @@ fn interfaces_and_routes_are_as_asked_for() {
                 route("192.168.7.0/24", ""),
                 route("fd01::/64", "fd00::1"),
             ],
+            neighbors: vec![
+                neighbor("10.1.0.9", "02:00:00:00:00:09"),
+                neighbor("fd00::9", "02:00:00:00:00:0a"),
+            ],
+            sysctls: [("net.ipv4.ip_forward", "1"), ("net/ipv4/conf/eth0/arp_ignore", "2")]
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .into(),
             ..ConfigureSandboxRequest::new()
         };
         configure(&agent, &request).await.unwrap();
@@ -77,6 +93,16 @@ fn interfaces_and_routes_are_as_asked_for() {
         assert!(eth0.contains("02:00:00:00:00:02") && eth0.contains("mtu 1400"), "{links}");
         let addresses = agent.inside(&["ip", "-o", "addr", "show", "eth0"]);
         assert!(addresses.contains("10.1.0.2/24") && addresses.contains("fd00::2/64"));
+        let neighbors = agent.inside(&["ip", "neigh"]);
+        for (address, mac) in [("10.1.0.9", "02:00:00:00:00:09"), ("fd00::9", "02:00:00:00:00:0a")]
+        {
+            let entry = format!("{address} dev eth0 lladdr {mac} PERMANENT");
+            assert!(neighbors.contains(&entry), "{neighbors}");
+        }
+        for (setting, value) in [("ip_forward", "1\n"), ("conf/eth0/arp_ignore", "2\n")] {
+            let file = format!("/proc/sys/net/ipv4/{setting}");
+            assert_eq!(agent.inside(&["cat", &file]), value, "{setting}");
+        }
         let routes = agent.inside(&["ip", "route"]);
         assert!(routes.contains("default via 10.1.0.1 dev eth0"), "{routes}");
         assert!(routes.contains("192.168.7.0/24 dev eth0"), "{routes}");

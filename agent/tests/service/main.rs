@@ -15,6 +15,7 @@ mod exec;
 mod filter;
 mod lifecycle;
 mod limits;
+mod pod;
 mod refusals;
 mod streams;
 mod terminal;
