@@ -29,13 +29,15 @@ pub(crate) fn bound_to_us(command: &mut Command, inherited: Vec<OwnedFd>) {
 }
 
 /// Makes the command's process lead a new session, whose terminal is its standard input if
-/// `with_terminal` says so; the given files are inherited as in [`bound_to_us`].
+/// `with_terminal` says so; the given files are inherited as in [`bound_to_us`], and no others: what
+/// leads a session may outlive who starts it, whose lock on a file, say, is not to be held by it.
 pub(crate) fn leads_session(command: &mut Command, with_terminal: bool, inherited: Vec<OwnedFd>) {
     let prepare = move || -> io::Result<()> {
         setsid()?;
         if with_terminal {
             ioctl_tiocsctty(stdin())?;
         }
+        close_others_on_exec()?;
         for file in &inherited {
             fcntl_setfd(file, FdFlags::empty())?;
         }
@@ -43,6 +45,16 @@ pub(crate) fn leads_session(command: &mut Command, with_terminal: bool, inherite
     };
     // SAFETY: as in `bound_to_us`: system calls alone.
     unsafe { command.pre_exec(prepare) };
+}
+
+/// Has all files but the three standard ones closed when a program is started.
+fn close_others_on_exec() -> io::Result<()> {
+    let (first, last, flags) = (3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
+    // SAFETY: with this flag the call closes nothing and takes no pointer; it marks the files.
+    match unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Takes over a file that our parent left open for us under this number.
@@ -74,4 +86,23 @@ pub(crate) fn give_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> io::Result<()>
     // SAFETY: the region is a mapping of `memory`, which is that long; the caller keeps `memory`
     // for as long as the virtual machine.
     unsafe { vm.set_user_memory_region(region) }.map_err(io::Error::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn what_leads_a_session_inherits_what_it_is_given_and_nothing_else() {
+        let [given, other] = [(); 2].map(|()| OwnedFd::from(io::pipe().unwrap().0));
+        fcntl_setfd(&other, FdFlags::empty()).unwrap();
+        let [is_there, is_not] = [given.as_raw_fd(), other.as_raw_fd()];
+        let script =
+            format!("test -e /proc/self/fd/{is_there} && ! test -e /proc/self/fd/{is_not}");
+        let mut command = Command::new("sh");
+        command.args(["-c", &script]);
+        leads_session(&mut command, false, vec![given]);
+        assert!(command.status().unwrap().success(), "{script}");
+    }
 }
