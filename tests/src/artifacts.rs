@@ -89,6 +89,16 @@ pub fn tools_root() -> Result<PathBuf> {
     given("NACRE_TOOLS")
 }
 
+/// The folder with containerd's programs out of several releases of Debian, each in a folder of the
+/// release's name, and with network plugins in `cni`.
+///
+/// # Errors
+///
+/// Fails outside `cargo xtask test`.
+pub fn containerd() -> Result<PathBuf> {
+    given("NACRE_CONTAINERD")
+}
+
 /// Debian's own virtiofsd.
 ///
 /// # Errors

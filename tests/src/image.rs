@@ -91,6 +91,9 @@ impl Layer {
 pub struct Layout<'a> {
     folder: &'a Path,
     layers: Vec<Value>,
+    /// The digests of the layers as they are without compression.
+    diff_ids: Vec<String>,
+    name: Option<&'a str>,
 }
 
 impl<'a> Layout<'a> {
@@ -102,7 +105,14 @@ impl<'a> Layout<'a> {
     pub fn new(folder: &'a Path) -> Result<Self> {
         fs::create_dir_all(folder.join("blobs/sha256"))?;
         fs::write(folder.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
-        Ok(Self { folder, layers: Vec::new() })
+        Ok(Self { folder, layers: Vec::new(), diff_ids: Vec::new(), name: None })
+    }
+
+    /// Gives the image a name, by which containerd knows it once it is imported.
+    #[must_use]
+    pub fn named(mut self, name: &'a str) -> Self {
+        self.name = Some(name);
+        self
     }
 
     /// Adds a layer as it is.
@@ -111,7 +121,9 @@ impl<'a> Layout<'a> {
     ///
     /// Fails if it can't be written.
     pub fn layer(mut self, layer: &Layer) -> Result<Self> {
-        let blob = self.blob(LAYER, &layer.finished())?;
+        let content = layer.finished();
+        self.diff_ids.push(digest(&content)?);
+        let blob = self.blob(LAYER, &content)?;
         self.layers.push(blob);
         Ok(self)
     }
@@ -122,7 +134,9 @@ impl<'a> Layout<'a> {
     ///
     /// Fails if it can't be written.
     pub fn gzip_layer(mut self, layer: &Layer) -> Result<Self> {
-        let packed = filtered(Command::new("gzip").arg("-c"), &layer.finished())?;
+        let content = layer.finished();
+        self.diff_ids.push(digest(&content)?);
+        let packed = filtered(Command::new("gzip").arg("-c"), &content)?;
         let blob = self.blob(&format!("{LAYER}+gzip"), &packed)?;
         self.layers.push(blob);
         Ok(self)
@@ -153,7 +167,7 @@ impl<'a> Layout<'a> {
     pub fn finish(self, config: &Value) -> Result<()> {
         let config = json!({
             "architecture": "amd64", "os": "linux", "config": config,
-            "rootfs": {"type": "layers", "diff_ids": []},
+            "rootfs": {"type": "layers", "diff_ids": self.diff_ids},
         });
         let kind = "application/vnd.oci.image.config.v1+json";
         let config = self.blob(kind, config.to_string().as_bytes())?;
@@ -161,17 +175,19 @@ impl<'a> Layout<'a> {
         let manifest = json!({
             "schemaVersion": 2, "mediaType": kind, "config": config, "layers": self.layers,
         });
-        let manifest = self.blob(kind, manifest.to_string().as_bytes())?;
+        let mut manifest = self.blob(kind, manifest.to_string().as_bytes())?;
+        if let Some(name) = self.name {
+            manifest["annotations"] = json!({"io.containerd.image.name": name});
+        }
         let index = json!({"schemaVersion": 2, "manifests": [manifest]});
         fs::write(self.folder.join("index.json"), index.to_string())?;
         Ok(())
     }
 
     fn blob(&self, kind: &str, content: &[u8]) -> Result<Value> {
-        let sum = String::from_utf8(filtered(&mut Command::new("sha256sum"), content)?)?;
-        let digest = sum.split(' ').next().context("a digest")?;
-        fs::write(self.folder.join("blobs/sha256").join(digest), content)?;
-        let digest = format!("sha256:{digest}");
+        let digest = digest(content)?;
+        let file = digest.trim_start_matches("sha256:");
+        fs::write(self.folder.join("blobs/sha256").join(file), content)?;
         Ok(json!({"mediaType": kind, "digest": digest, "size": content.len()}))
     }
 }
@@ -186,6 +202,11 @@ pub fn archive(folder: &Path, to: &Path) -> Result<()> {
     ensure!(status.success(), "tar: {status}");
     File::open(to)?.sync_all()?;
     Ok(())
+}
+
+fn digest(content: &[u8]) -> Result<String> {
+    let sum = String::from_utf8(filtered(&mut Command::new("sha256sum"), content)?)?;
+    Ok(format!("sha256:{}", sum.split(' ').next().context("a digest")?))
 }
 
 fn filtered(command: &mut Command, input: &[u8]) -> Result<Vec<u8>> {

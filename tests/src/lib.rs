@@ -5,6 +5,7 @@
 pub mod artifacts;
 pub mod backend;
 pub mod blackout;
+pub mod containerd;
 pub mod control;
 pub mod hybrid_vsock;
 pub mod image;

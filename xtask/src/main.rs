@@ -7,6 +7,7 @@ use xtask::cache::Cache;
 use xtask::executor;
 use xtask::fuzz::FuzzArguments;
 use xtask::host::command::{HostArguments, SERVE_TASK, ServeArguments};
+use xtask::packages::containerd;
 use xtask::packages::kernel::Kernel;
 use xtask::packages::machine;
 use xtask::packages::tree::Tree;
@@ -73,6 +74,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
             let cache = Cache::open()?;
             let kernel = Kernel::prepare(&cache)?;
             let tree = Tree::prepare(&cache, &kernel)?;
+            containerd::prepare(&cache)?;
             say(&format!("kernel {} and {}", kernel.release(), tree.image().display()));
             Ok(ExitCode::SUCCESS)
         }

@@ -12,6 +12,7 @@ use crate::cache::Cache;
 use crate::guest_image::{GuestImage, busybox_rootfs};
 use crate::host::machine::has_room_for_two;
 use crate::host::{Host, devices};
+use crate::packages::containerd;
 use crate::packages::kernel::Kernel;
 use crate::packages::tree::Tree;
 use crate::programs::Programs;
@@ -35,6 +36,7 @@ fn variables(cache: &Cache, programs: &Programs) -> Result<Vec<(&'static str, Pa
         ("NACRE_INITRAMFS", guest.initramfs),
         ("NACRE_SHELL_INITRAMFS", shell),
         ("NACRE_ROOTFS", rootfs),
+        ("NACRE_CONTAINERD", containerd::prepare(cache)?),
         ("NACRE_BIN_DIR", programs.folder.clone()),
     ])
 }

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod container;
+mod containerd;
 mod devices;
 mod ending;
 mod failure;

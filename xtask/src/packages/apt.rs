@@ -11,10 +11,15 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+/// The keys of every release that Debian supports.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
 /// An apt state of our own, with fresh lists; locked while it exists.
 #[derive(Debug)]
 pub struct PrivateApt {
     folder: PathBuf,
+    /// Sources of our own; without them the machine's are used.
+    sources: Option<PathBuf>,
     _lock: File,
 }
 
@@ -24,15 +29,38 @@ impl PrivateApt {
     /// # Errors
     /// The cache cannot be written, or the lists cannot be fetched.
     pub fn open(cache: &Cache) -> Result<Self> {
-        let folder = cache.folder("apt")?;
-        let lock = cache.lock("apt")?;
+        let apt = Self::new(cache, "apt")?;
+        apt.update()?;
+        Ok(apt)
+    }
+
+    /// The same for another release of Debian than the machine's, from the machine's mirror.
+    ///
+    /// # Errors
+    /// The cache cannot be written, or the lists cannot be fetched.
+    pub fn of_release(cache: &Cache, release: &str, mirror: &str) -> Result<Self> {
+        let mut apt = Self::new(cache, &format!("apt-{release}"))?;
+        let sources = apt.folder.join("sources.list");
+        let line = format!("deb [arch=amd64 signed-by={KEYRING}] {mirror} {release} main\n");
+        fs::write(&sources, line).context("cannot write the apt sources")?;
+        apt.sources = Some(sources);
+        apt.update()?;
+        Ok(apt)
+    }
+
+    fn new(cache: &Cache, name: &str) -> Result<Self> {
+        let folder = cache.folder(name)?;
+        let lock = cache.lock(name)?;
         for part in ["lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(folder.join(part)).context("cannot make the apt state")?;
         }
-        let apt = Self { folder, _lock: lock };
-        output(apt.command("apt-get").args(["--error-on=any", "update"]))
+        Ok(Self { folder, sources: None, _lock: lock })
+    }
+
+    fn update(&self) -> Result<()> {
+        output(self.command("apt-get").args(["--error-on=any", "update"]))
             .context("cannot fetch the package lists")?;
-        Ok(apt)
+        Ok(())
     }
 
     /// Where the machine's own release comes from; other releases of Debian are at the same place.
@@ -82,6 +110,12 @@ impl PrivateApt {
         command.args(["-o", &option("Dir::Cache", "cache")]);
         // The state may lie where the user _apt cannot write.
         command.args(["-o", "APT::Sandbox::User=root", "-o", "Acquire::Languages=none"]);
+        if let Some(sources) = &self.sources {
+            let list = format!("Dir::Etc::sourcelist={}", sources.display());
+            command.args(["-o", &list, "-o", "Dir::Etc::sourceparts=-"]);
+            // The lists are fresh; a machine whose clock runs ahead must not stop the command.
+            command.args(["-o", "Acquire::Check-Valid-Until=false"]);
+        }
         command
     }
 }
