@@ -19,6 +19,7 @@ pub mod run;
 pub mod shell_image;
 pub mod soak;
 mod sys;
+pub mod table;
 pub mod test;
 mod test_bare;
 mod test_command;

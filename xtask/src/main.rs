@@ -15,6 +15,7 @@ use xtask::programs::workspace;
 use xtask::report::say;
 use xtask::run::{NacreArguments, RunArguments, SETUP_FAILED};
 use xtask::soak::SoakArguments;
+use xtask::table::TableArguments;
 use xtask::test::{self, TestArguments};
 use xtask::tidy;
 
@@ -41,6 +42,8 @@ enum Task {
     Soak(SoakArguments),
     /// Measures, and prints figures
     Bench(BenchArguments),
+    /// Makes a table of docs/ again
+    Table(TableArguments),
     /// New random inputs for what reads untrusted bytes, for as long as asked; see CONTRIBUTING.md
     Fuzz(FuzzArguments),
     /// Checks what lints cannot: crate graph, licences, file heads, names, unsafe's places
@@ -87,6 +90,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         }
         Task::Soak(arguments) => arguments.run(),
         Task::Bench(arguments) => arguments.run(workspace()?),
+        Task::Table(arguments) => arguments.run(workspace()?),
         Task::Fuzz(arguments) => {
             Ok(if arguments.run()? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }

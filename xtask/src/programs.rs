@@ -8,8 +8,15 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const HOST_PROGRAMS: &[&str] =
-    &["nacre-vmm", "nacre-blk", "nacre-net", "nacre-fs", "nacre-vsock", "nacre"];
+const HOST_PROGRAMS: &[&str] = &[
+    "nacre-vmm",
+    "nacre-blk",
+    "nacre-net",
+    "nacre-fs",
+    "nacre-vsock",
+    "nacre",
+    "containerd-shim-nacre-v2",
+];
 const AGENT_PACKAGE: &str = "nacre-agent";
 const AGENT_TARGET: &str = "x86_64-unknown-linux-musl";
 

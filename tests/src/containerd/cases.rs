@@ -1,7 +1,8 @@
 //! What users ask of a runtime by `ctr`, as command lines that are the same for every runtime.
 //!
 //! In a line `{id}` is the container's name, `{image}` the image with busybox; what stands before
-//! ` |> ` is the command's standard input, and `await STATE` waits until the task is in that state.
+//! ` |> ` is the command's standard input, `tty` gives it a terminal, and `await STATE` waits until
+//! the task is in that state.
 
 /// Something that a runtime is asked for, and what of its answers has to be equal.
 #[derive(Clone, Copy, Debug)]
@@ -69,6 +70,11 @@ pub const ALL: &[Case] = &[
         &["one\ntwo\n |> run --rm {image} {id} sh -c 'echo begin; cat; echo end'"],
     ),
     case("much output", &["run --rm {image} {id} sh -c 'seq 1 100000; seq 1 100000 | md5sum >&2'"]),
+    case(
+        "a terminal",
+        &["tty run --rm -t {image} {id} \
+           sh -c 'until stty size | grep 101; do sleep 0.1; done 2>/dev/null; tty; exit 5'"],
+    ),
     case(
         "a program that is not there",
         &["run {image} {id} no-such-program", "task ls -q", "container delete {id}"],

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::io::{Read, Write as _};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Instant;
 
@@ -87,7 +87,7 @@ impl Answers {
 /// The answers as a table in Markdown, without what changes from run to run.
 #[must_use]
 pub fn markdown(version: &str, answers: &[Answers]) -> String {
-    let mut text = format!("## containerd {version}\n");
+    let mut text = format!("\n## containerd {version}\n");
     for Answers { case, by_runtime } in answers {
         let runtimes: Vec<_> = by_runtime.iter().map(|(runtime, _)| runtime.name()).collect();
         let head = runtimes.join(" | ");
@@ -125,6 +125,7 @@ fn ask(daemon: &Containerd, line: &str, id: &str, how: (Runtime, Keep)) -> Resul
         return await_state(daemon, id, state);
     }
     let (input, line) = line.split_once(" |> ").unwrap_or(("", line));
+    let (terminal, line) = line.strip_prefix("tty ").map_or((false, line), |line| (true, line));
     let mut args = words(line);
     for arg in &mut args {
         *arg = arg.replace("{id}", id).replace("{image}", BUSYBOX);
@@ -132,19 +133,32 @@ fn ask(daemon: &Containerd, line: &str, id: &str, how: (Runtime, Keep)) -> Resul
     if args.first().is_some_and(|first| first == "run") {
         args.splice(1..1, ["--runtime".to_owned(), runtime.kind().to_owned()]);
     }
-    let answer = feed(&mut daemon.ctr_command(&args), input)?;
+    let command = daemon.ctr_command(&args);
+    let mut command = if terminal { in_terminal(&command) } else { command };
+    let answer = feed(&mut command, (!terminal).then_some(input))?;
     Ok(Told { code: answer.code, out: keep.of(&answer.out), said: answer.said })
 }
 
-/// Runs a command. Its input ends when its first output is there: `ctr` does not pass on the end of
+/// The command with a terminal of 31 lines and 101 columns, by script(1).
+fn in_terminal(command: &Command) -> Command {
+    let mut line = "stty rows 31 cols 101; exec".to_owned();
+    for word in [command.get_program()].into_iter().chain(command.get_args()) {
+        write!(line, " '{}'", word.to_string_lossy()).unwrap_or_default();
+    }
+    let mut script = Command::new("script");
+    script.args(["-qec", &line, "/dev/null"]);
+    script
+}
+
+/// Runs a command; a terminal is one whose input has no end. Another input ends when its first output is there: `ctr` does not pass on the end of
 /// an input that was over before the container ran.
-fn feed(command: &mut Command, input: &str) -> Result<Answer> {
+fn feed(command: &mut Command, input: Option<&str>) -> Result<Answer> {
     let program = PathBuf::from(command.get_program());
     let mut process =
         Process::start(&program, command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
-    let mut stdin = process.child().stdin.take().context("standard input")?;
+    let mut stdin = process.child().stdin.take();
     let mut stdout = process.child().stdout.take().context("standard output")?;
-    let (began, has_begun) = channel();
+    let (began, has_begun) = channel::<()>();
     let out = thread::spawn(move || {
         let mut first = [0];
         let mut bytes = Vec::new();
@@ -156,13 +170,14 @@ fn feed(command: &mut Command, input: &str) -> Result<Answer> {
         drop(stdout.read_to_end(&mut bytes));
         String::from_utf8_lossy(&bytes).into_owned()
     });
-    // Whoever does not read it, ends without it.
-    drop(stdin.write_all(input.as_bytes()));
-    if !input.is_empty() {
-        // Ends by the sender's end, or never: then so does the command below.
-        let _: Result<(), RecvTimeoutError> = has_begun.recv_timeout(SANDBOX_PATIENCE);
+    if let (Some(input), Some(mut stdin)) = (input, stdin.take_if(|_| input.is_some())) {
+        // Whoever does not read it, ends without it.
+        drop(stdin.write_all(input.as_bytes()));
+        if !input.is_empty() {
+            // The sender's end is what is waited for; without one the command is waited for below.
+            has_begun.recv_timeout(SANDBOX_PATIENCE).unwrap_or_default();
+        }
     }
-    drop(stdin);
     let (status, said) = process.wait_for(SANDBOX_PATIENCE)?;
     Ok(Answer { code: status.code(), out: out.join().unwrap_or_default(), said })
 }

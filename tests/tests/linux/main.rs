@@ -2,7 +2,6 @@
 
 mod bad_input;
 mod container;
-mod containerd;
 mod devices;
 mod ending;
 mod failure;
