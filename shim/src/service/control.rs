@@ -111,8 +111,9 @@ impl Service {
         let mut ledger = self.ledger();
         let found = ledger.process(process)?;
         match &mut found.attachment {
-            Some(attachment) => attachment.hold = None,
-            None => log::debug!("no standard input to be closed"),
+            Some(attachment) => attachment.close_input(),
+            // Not there before an added process starts.
+            None => found.input_is_closed = true,
         }
         Ok(())
     }

@@ -132,7 +132,7 @@ impl Ledger {
         found.end.send_replace(Some(end));
         // Standard input ends with who reads it.
         if let Some(attachment) = &mut found.attachment {
-            attachment.hold = None;
+            attachment.close_input();
         }
         if was_started {
             publisher.push(&Event::Exit(exit(process, found.pid, end)));

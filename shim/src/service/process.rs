@@ -43,6 +43,8 @@ pub(super) struct Process {
     /// What its terminal should have, if it was said before the start.
     pub(super) size: Option<(u16, u16)>,
     pub(super) attachment: Option<Attachment>,
+    /// Whether its input is to end with its writers, said before there was an attachment.
+    pub(super) input_is_closed: bool,
     /// What the guest is told when it starts; none for an init.
     pub(super) new: Option<NewProcess>,
     /// A host process; 0 before the start of an added process.
@@ -59,6 +61,7 @@ impl Process {
             names,
             size: None,
             attachment: None,
+            input_is_closed: false,
             new,
             pid,
         }

@@ -40,13 +40,16 @@ impl Service {
             (guest, ledger.process(process)?.size)
         };
         give_size(guest.as_ref(), process, size).await;
-        let started = guest.start(process).await;
+        let started = match self.begin_input(process) {
+            Ok(()) => guest.start(process).await.map_err(ServiceError::from),
+            Err(error) => Err(error),
+        };
         let mut ledger = self.ledger();
         if let Err(error) = started {
             ledger.end(process, End::now(NOT_STARTED), &self.0.publisher);
             // It printed nothing.
             ledger.process(process)?.drained.send_replace(true);
-            return Err(error.into());
+            return Err(error);
         }
         self.started(&mut ledger, process)
     }
@@ -107,6 +110,7 @@ impl Service {
             // Entered before the start, so that its input can be closed while that is answered.
             let size = self.attach(process, attachment)?;
             give_size(guest, process, size).await;
+            self.begin_input(process)?;
             guest.start(process).await?;
             Ok::<_, ServiceError>(streams)
         };
@@ -119,14 +123,25 @@ impl Service {
         run
     }
 
+    fn begin_input(&self, process: &ProcessId) -> Result<(), ServiceError> {
+        let mut ledger = self.ledger();
+        match &mut ledger.process(process)?.attachment {
+            Some(attachment) => Ok(attachment.begin_input()?),
+            None => Ok(()),
+        }
+    }
+
     /// Enters what moves a process's bytes; answers what size its terminal is to have.
     fn attach(
         &self,
         process: &ProcessId,
-        attachment: Attachment,
+        mut attachment: Attachment,
     ) -> Result<Option<(u16, u16)>, ServiceError> {
         let mut ledger = self.ledger();
         let found = ledger.process(process)?;
+        if found.input_is_closed {
+            attachment.close_input();
+        }
         found.attachment = Some(attachment);
         Ok(found.size)
     }

@@ -65,6 +65,8 @@ async fn input_stays_open_until_it_is_closed_by_order() {
     request.set_stdin(input.display().to_string());
     request.set_stdout(out.display().to_string());
     bench.task.create(limit(), &request).await.unwrap();
+    // A client that were done already could not say so to a task that it does not know yet.
+    assert!(pipe::OpenOptions::new().open_sender(&input).is_err(), "read before the start");
     bench.start("pod", "").await.unwrap();
     for word in ["one ", "two"] {
         // Each writer comes and goes, and input does not end with it.

@@ -16,7 +16,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use tokio::task::JoinSet;
+use tokio::{sync::mpsc, task::JoinSet};
 
 use crate::{
     stdio::{Input, Outputs, Pieces},
@@ -73,9 +73,35 @@ pub(super) struct Owner<'a> {
 /// What moves the bytes on this side. Dropped, it ends all of it.
 #[derive(Debug)]
 pub(super) struct Attachment {
-    /// Keeps standard input from ending; dropped by `CloseIO`.
-    pub(super) hold: Option<File>,
-    _tasks: JoinSet<()>,
+    /// A fifo that is opened when the process starts, and where its bytes go.
+    input: Later,
+    /// Keeps standard input from ending.
+    hold: Option<File>,
+    is_closed: bool,
+    tasks: JoinSet<()>,
+}
+
+/// A fifo and where its bytes go.
+type Later = Option<(PathBuf, mpsc::Sender<Vec<u8>>)>;
+
+impl Attachment {
+    /// Takes standard input from now on. Not earlier: a client that finds its fifo read may be done
+    /// with it before it knows of the task, and then never says that this was all.
+    pub(super) fn begin_input(&mut self) -> Result<(), StdioError> {
+        let Some((path, sender)) = self.input.take() else { return Ok(()) };
+        let open = || Ok((fifo::open_input(&path)?, fifo::hold(&path)?));
+        let (receiver, hold) =
+            open().map_err(|source| StdioError::Open { path: path.clone(), source })?;
+        self.hold = (!self.is_closed).then_some(hold);
+        self.tasks.spawn(fifo::read_all(receiver, sender));
+        Ok(())
+    }
+
+    /// Lets standard input end when its other writers go.
+    pub(super) fn close_input(&mut self) {
+        self.is_closed = true;
+        self.hold = None;
+    }
 }
 
 /// Opens the streams of a process.
@@ -97,9 +123,9 @@ pub(super) async fn open(
         output(&mut tasks, out, &stdout, owner).await?;
         output(&mut tasks, err, &stderr, owner).await?;
     }
-    let (input, hold) = input(&mut tasks, &names.stdin)?;
+    let (input, later) = input(&names.stdin)?;
     let ends = Ends { input, outputs, terminal: names.terminal, size: None };
-    Ok((ends, Attachment { hold, _tasks: tasks }))
+    Ok((ends, Attachment { input: later, hold: None, is_closed: false, tasks }))
 }
 
 async fn output(
@@ -139,16 +165,12 @@ fn append(path: &Path) -> Result<File, StdioError> {
     open().map_err(|source| StdioError::Open { path: path.to_owned(), source })
 }
 
-fn input(tasks: &mut JoinSet<()>, name: &str) -> Result<(Option<Input>, Option<File>), StdioError> {
+fn input(name: &str) -> Result<(Option<Input>, Later), StdioError> {
     match Target::parse(name)? {
         Target::Nothing => Ok((None, None)),
         Target::Fifo(path) => {
-            let open = || Ok((fifo::open_input(&path)?, fifo::hold(&path)?));
-            let (receiver, hold) =
-                open().map_err(|source| StdioError::Open { path: path.clone(), source })?;
             let (sender, input) = Input::from_sender();
-            tasks.spawn(fifo::read_all(receiver, sender));
-            Ok((Some(input), Some(hold)))
+            Ok((Some(input), Some((path, sender))))
         }
         Target::File(path) => {
             let file = File::open(&path).map_err(|source| StdioError::Open { path, source })?;
