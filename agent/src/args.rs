@@ -11,7 +11,7 @@ use crate::holder::MODE;
 pub(crate) enum Mode {
     /// PID 1 of a guest.
     Init,
-    /// The service on the sockets `1024` and `1025` of a folder, inside private namespaces.
+    /// The service on the sockets `1024` to `1026` of a folder, inside private namespaces.
     ListenUnix(PathBuf),
     /// A child of the agent that runs libcontainer once; its standard input is the control socket.
     Launch,

@@ -14,6 +14,7 @@ mod cgroup;
 mod container;
 mod devices;
 mod events;
+mod forward;
 mod holder;
 mod ids;
 mod init;

@@ -1,4 +1,4 @@
-//! The two listeners, and the life of the service between them.
+//! The three listeners, and the life of the service between them.
 
 use std::{
     fs, io,
@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use nacre_proto::{AGENT_PORT, STREAM_PORT, agent_ttrpc::create_agent};
+use nacre_proto::{AGENT_PORT, FORWARD_PORT, STREAM_PORT, agent_ttrpc::create_agent};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::UnixListener,
@@ -18,8 +18,8 @@ use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 use ttrpc::r#async::{Server, transport::Listener};
 
 use crate::{
-    container::Containers, monotonic::Monotonic, process::reap::Reaper, sandbox::Sandbox,
-    service::Service, streams,
+    container::Containers, forward::Forwards, monotonic::Monotonic, process::reap::Reaper,
+    sandbox::Sandbox, service::Service, streams,
 };
 
 /// How long the answer to Shutdown may take to leave before the machine goes off.
@@ -63,22 +63,23 @@ pub(crate) async fn run(endpoint: &Endpoint, began: Monotonic) -> Result<(), Ser
     let service =
         Service::new(Arc::clone(&containers), Sandbox::default(), Arc::clone(&done), began);
 
-    let (calls, streams) = match endpoint {
-        Endpoint::Vsock => {
-            (Listener::from(vsock(AGENT_PORT)?), vsock(STREAM_PORT).map(Streams::Vsock)?)
-        }
-        Endpoint::Unix(folder) => {
-            let streams = unix(folder, STREAM_PORT).map(Streams::Unix)?;
-            // Last: whoever finds this socket may connect to both.
-            (Listener::from(unix(folder, AGENT_PORT)?), streams)
-        }
+    let bind = |port| match endpoint {
+        Endpoint::Vsock => vsock(port).map(Connections::Vsock),
+        Endpoint::Unix(folder) => unix(folder, port).map(Connections::Unix),
+    };
+    let (streams, forwards) = (bind(STREAM_PORT)?, bind(FORWARD_PORT)?);
+    // Last: whoever finds this socket may connect to all.
+    let calls = match bind(AGENT_PORT)? {
+        Connections::Vsock(listener) => Listener::from(listener),
+        Connections::Unix(listener) => Listener::from(listener),
     };
     let mut server =
         Server::new().add_listener(calls).register_service(create_agent(Arc::new(service)));
     server.start().await.map_err(ServeError::Ttrpc)?;
     log::info!("serving on {endpoint:?}");
     tokio::select! {
-        () = accept_all(streams, containers) => {}
+        () = accept_all(streams, Purpose::Stream(containers)) => {}
+        () = accept_all(forwards, Purpose::Forward(Arc::new(Forwards::new()))) => {}
         () = done.notified() => {}
     }
     farewell(&mut server).await;
@@ -95,34 +96,49 @@ async fn farewell(server: &mut Server) {
     }
 }
 
-enum Streams {
+enum Connections {
     Vsock(VsockListener),
     Unix(UnixListener),
 }
 
-async fn accept_all(mut streams: Streams, containers: Arc<Containers>) {
-    loop {
-        let accepted = match &mut streams {
-            Streams::Vsock(listener) => {
-                listener.accept().await.map(|(stream, _peer)| spawn(stream, &containers))
+/// What becomes of the connections of a port.
+enum Purpose {
+    /// A standard stream of a process.
+    Stream(Arc<Containers>),
+    /// A connection to a TCP port.
+    Forward(Arc<Forwards>),
+}
+
+impl Purpose {
+    fn spawn<C>(&self, connection: C)
+    where
+        C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        match self {
+            Self::Stream(containers) => {
+                tokio::spawn(streams::serve(Arc::clone(containers), connection))
             }
-            Streams::Unix(listener) => {
-                listener.accept().await.map(|(stream, _peer)| spawn(stream, &containers))
+            Self::Forward(forwards) => tokio::spawn(Arc::clone(forwards).serve(connection)),
+        };
+    }
+}
+
+async fn accept_all(mut connections: Connections, purpose: Purpose) {
+    loop {
+        let accepted = match &mut connections {
+            Connections::Vsock(listener) => {
+                listener.accept().await.map(|(stream, _peer)| purpose.spawn(stream))
+            }
+            Connections::Unix(listener) => {
+                listener.accept().await.map(|(stream, _peer)| purpose.spawn(stream))
             }
         };
         if let Err(error) = accepted {
             // Descriptors have run out, or the connection was gone again.
-            log::warn!("can't accept a stream's connection: {error}");
+            log::warn!("can't accept a connection: {error}");
             sleep(Duration::from_millis(10)).await;
         }
     }
-}
-
-fn spawn<C>(connection: C, containers: &Arc<Containers>)
-where
-    C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    tokio::spawn(streams::serve(Arc::clone(containers), connection));
 }
 
 fn vsock(port: u32) -> Result<VsockListener, ServeError> {

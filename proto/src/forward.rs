@@ -14,6 +14,8 @@ pub const VERSION: u8 = 1;
 pub const CONNECTED: u8 = 0;
 /// The agent's answer: nobody listens there.
 pub const REFUSED: u8 = 1;
+/// The agent's answer: it failed for another reason, such as too many connections.
+pub const FAILED: u8 = 2;
 const MAGIC: [u8; 4] = *b"NCRF";
 
 /// Where to.
@@ -72,6 +74,8 @@ impl Forward {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::proptest;
+
     use super::*;
 
     #[test]
@@ -94,6 +98,15 @@ mod tests {
     fn every_port_is_read_back() {
         for port in 1..=u16::MAX {
             assert_eq!(Forward::decode(&Forward { port }.encode()), Ok(Forward { port }));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_decode_or_fail_without_panic(bytes: [u8; FRAME_BYTES]) {
+            if let Ok(forward) = Forward::decode(&bytes) {
+                assert_eq!(forward.encode(), bytes);
+            }
         }
     }
 }

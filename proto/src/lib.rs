@@ -17,7 +17,7 @@ pub use generated::{agent, agent_ttrpc};
 /// The agent protocol's major version: both sides refuse any other.
 pub const AGENT_MAJOR: u32 = 1;
 /// The agent protocol's minor version: a higher one only adds.
-pub const AGENT_MINOR: u32 = 2;
+pub const AGENT_MINOR: u32 = 3;
 /// The vsock port on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
 /// The vsock port on which the agent takes standard streams, one connection each.

@@ -250,6 +250,11 @@ impl Agent {
         }
     }
 
+    /// Connects to a port of the agent's.
+    pub(crate) async fn connection(&self, port: u32) -> UnixStream {
+        UnixStream::connect(self.folder.path().join(port.to_string())).await.unwrap()
+    }
+
     /// Connects one stream of a process.
     pub(crate) async fn stream(
         &self,
@@ -258,8 +263,7 @@ impl Agent {
         stream: Stream,
         offset: u64,
     ) -> UnixStream {
-        let path = self.folder.path().join(nacre_proto::STREAM_PORT.to_string());
-        let mut connection = UnixStream::connect(path).await.unwrap();
+        let mut connection = self.connection(nacre_proto::STREAM_PORT).await;
         let hello = Hello { container_id: id.to_owned(), exec_id: exec.to_owned(), stream, offset };
         connection.write_all(&hello.encode().unwrap()).await.unwrap();
         connection

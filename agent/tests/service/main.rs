@@ -13,6 +13,7 @@ mod configure;
 mod control;
 mod exec;
 mod filter;
+mod forward;
 mod lifecycle;
 mod limits;
 mod pod;
