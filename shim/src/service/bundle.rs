@@ -17,16 +17,6 @@ const MAX_ID_BYTES: usize = 76;
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 const GROUP: &str = "io.containerd.runc.v2.group";
-const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
-const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
-const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
-
-/// What a sandbox of which nobody says how large it is gets.
-const DEFAULT_CPUS: u32 = 1;
-const DEFAULT_MEMORY_BYTES: u64 = 512 << 20;
-/// What the guest's kernel and agent get beside a container's memory.
-const OVERHEAD_BYTES: u64 = 256 << 20;
-const MAX_CPUS: u32 = 255;
 
 /// Why a bundle can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -122,40 +112,6 @@ pub(super) fn cgroup_parent(spec: &Spec) -> Option<String> {
     Some(parent.to_owned()).filter(|parent| !parent.is_empty())
 }
 
-/// How large the sandbox is at first: processors and bytes of memory.
-pub(super) fn size(spec: &Spec) -> (u32, u64) {
-    let number = |name| annotation(spec, name).and_then(|text| text.parse::<i64>().ok());
-    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    let cpu = resources.and_then(|resources| resources.cpu().as_ref());
-    let quota = number(CPU_QUOTA).or_else(|| cpu.and_then(|cpu| cpu.quota()));
-    let period = number(CPU_PERIOD)
-        .or_else(|| cpu.and_then(|cpu| cpu.period()).and_then(|period| i64::try_from(period).ok()));
-    let memory = number(MEMORY).or_else(|| {
-        resources
-            .and_then(|resources| resources.memory().as_ref())
-            .and_then(|memory| memory.limit())
-    });
-    (cpus(quota, period), memory_bytes(memory))
-}
-
-/// So many that a quota can be used up; one more than none.
-pub(super) fn cpus(quota: Option<i64>, period: Option<i64>) -> u32 {
-    let period = period.filter(|period| *period > 0).unwrap_or(100_000);
-    let needed = quota.filter(|quota| *quota > 0).map(|quota| (quota - 1) / period + 1);
-    let needed = needed.and_then(|needed| u32::try_from(needed).ok());
-    needed.map_or(DEFAULT_CPUS, |needed| needed.clamp(1, MAX_CPUS))
-}
-
-/// A limit, and what the guest itself needs.
-pub(super) fn memory_bytes(limit: Option<i64>) -> u64 {
-    let limit = limit.and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > 0);
-    let needed = limit.and_then(|limit| limit.checked_add(OVERHEAD_BYTES));
-    // A limit that is "none" is written as a huge number by some.
-    needed
-        .filter(|needed| *needed < 1 << 46)
-        .map_or(DEFAULT_MEMORY_BYTES, |needed| needed.max(DEFAULT_MEMORY_BYTES))
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -193,18 +149,6 @@ mod tests {
         let bad = spec(&json!({SANDBOX_ID: "../pod"}), &json!({}));
         assert_eq!(sandbox_of("web", Some(&bad)), "web");
         assert_eq!(sandbox_of("web", None), "web");
-    }
-
-    #[test]
-    fn a_sandbox_is_as_large_as_it_says() {
-        assert_eq!(size(&spec(&json!({}), &json!({}))), (1, 512 << 20));
-        let limits = json!({"cpu": {"quota": 150_000, "period": 100_000},
-            "memory": {"limit": 1 << 30}});
-        assert_eq!(size(&spec(&json!({}), &limits)), (2, (1 << 30) + (256 << 20)));
-        let said = json!({CPU_QUOTA: "300000", CPU_PERIOD: "100000", MEMORY: "0"});
-        assert_eq!(size(&spec(&said, &json!({}))), (3, 512 << 20));
-        let unlimited = json!({"memory": {"limit": i64::MAX}, "cpu": {"quota": -1}});
-        assert_eq!(size(&spec(&json!({}), &unlimited)), (1, 512 << 20));
     }
 
     #[test]

@@ -185,7 +185,6 @@ impl Service {
     }
 
     fn settings(&self, request: &CreateTaskRequest, spec: &Spec) -> SandboxSettings {
-        let (cpus, memory_bytes) = bundle::size(spec);
         SandboxSettings {
             id: self.0.id.clone(),
             namespace: self.0.namespace.clone(),
@@ -194,8 +193,6 @@ impl Service {
             netns: bundle::netns(spec),
             hostname: spec.hostname().clone().unwrap_or_default(),
             cgroup_parent: bundle::cgroup_parent(spec),
-            cpus,
-            memory_bytes,
             spec: Some(spec.clone()),
             ..SandboxSettings::default()
         }

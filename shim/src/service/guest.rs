@@ -129,10 +129,6 @@ pub struct SandboxSettings {
     pub sysctls: BTreeMap<String, String>,
     /// The cgroup of the pod on the host.
     pub cgroup_parent: Option<String>,
-    /// Its processors.
-    pub cpus: u32,
-    /// Its memory, in bytes.
-    pub memory_bytes: u64,
 }
 
 /// Starts guests.

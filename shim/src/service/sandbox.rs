@@ -10,7 +10,7 @@ use containerd_shim_protos::{cgroups_v2::metrics::Metrics, sandbox_api::CreateSa
 use tokio::time::timeout;
 
 use super::{
-    Service, bundle,
+    Service,
     error::ServiceError,
     guest::{Guest, SandboxSettings},
     ledger::Sandbox,
@@ -51,8 +51,6 @@ impl Service {
             annotations: request.annotations.clone(),
             netns: Some(PathBuf::from(&request.netns_path))
                 .filter(|path| !path.as_os_str().is_empty()),
-            cpus: bundle::cpus(None, None),
-            memory_bytes: bundle::memory_bytes(None),
             ..SandboxSettings::default()
         };
         sandbox_config::read(&request.options.value, &mut settings)

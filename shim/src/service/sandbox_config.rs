@@ -7,16 +7,12 @@ use std::collections::BTreeMap;
 
 use protobuf::CodedInputStream;
 
-use super::{
-    bundle,
-    guest::{Dns, SandboxSettings},
-};
+use super::guest::{Dns, SandboxSettings};
 
-/// One field of a message: its number, and its value if it is bytes or a number.
+/// One field of a message: its number, and its value if that is bytes.
 struct Field<'a> {
     number: u32,
     bytes: &'a [u8],
-    varint: u64,
 }
 
 impl Field<'_> {
@@ -36,16 +32,15 @@ fn each(
     while let Some(tag) = input.read_raw_tag_or_eof()? {
         let number = tag >> 3;
         let mut bytes = Vec::new();
-        let mut varint = 0;
         match tag & 7 {
-            0 => varint = input.read_uint64()?,
+            0 => drop(input.read_uint64()?),
             1 => input.skip_raw_bytes(8)?,
             2 => bytes = input.read_bytes()?,
             5 => input.skip_raw_bytes(4)?,
             // Groups, which the CRI has none of: what follows can't be told.
             _ => return Ok(()),
         }
-        take(&Field { number, bytes: &bytes, varint })?;
+        take(&Field { number, bytes: &bytes })?;
     }
     Ok(())
 }
@@ -107,21 +102,6 @@ fn linux(message: &[u8], settings: &mut SandboxSettings) -> protobuf::Result<()>
                 let (key, value) = pair(field.bytes)?;
                 sysctls.insert(key, value);
             }
-            5 => {
-                let (mut period, mut quota, mut limit) = (None, None, None);
-                each(field.bytes, |field| {
-                    let number = Some(i64::from_ne_bytes(field.varint.to_ne_bytes()));
-                    match field.number {
-                        1 => period = number,
-                        2 => quota = number,
-                        4 => limit = number,
-                        _ => {}
-                    }
-                    Ok(())
-                })?;
-                settings.cpus = bundle::cpus(quota, period);
-                settings.memory_bytes = bundle::memory_bytes(limit);
-            }
             _ => {}
         }
         Ok(())
@@ -151,11 +131,6 @@ mod tests {
             out.write_string(1, "10.0.0.10").unwrap();
             out.write_string(2, "svc.local").unwrap();
         });
-        let resources = message(|out| {
-            out.write_int64(1, 100_000).unwrap();
-            out.write_int64(2, 250_000).unwrap();
-            out.write_int64(4, 1 << 30).unwrap();
-        });
         let sysctl = message(|out| {
             out.write_string(1, "net.ipv4.ip_forward").unwrap();
             out.write_string(2, "1").unwrap();
@@ -163,7 +138,7 @@ mod tests {
         let linux = message(|out| {
             out.write_string(1, "/kubepods/pod1").unwrap();
             out.write_bytes(3, &sysctl).unwrap();
-            out.write_bytes(5, &resources).unwrap();
+            out.write_int64(98, 7).unwrap();
         });
         let config = message(|out| {
             out.write_string(2, "web").unwrap();
@@ -178,7 +153,6 @@ mod tests {
         assert_eq!(settings.dns.searches, ["svc.local"]);
         assert_eq!(settings.cgroup_parent.as_deref(), Some("/kubepods/pod1"));
         assert_eq!(settings.sysctls["net.ipv4.ip_forward"], "1");
-        assert_eq!((settings.cpus, settings.memory_bytes), (3, (1 << 30) + (256 << 20)));
     }
 
     #[test]

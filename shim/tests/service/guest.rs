@@ -173,6 +173,10 @@ impl ScriptedGuest {
     /// As if its machine died.
     pub(crate) fn die(&self, reason: &str) {
         self.died.send_replace(Some(reason.to_owned()));
+        // Its connections break.
+        for scripted in self.processes.lock().unwrap().values_mut() {
+            scripted.connected = Connected::default();
+        }
     }
 
     /// As if the out-of-memory killer struck in `container`.
