@@ -180,8 +180,9 @@ impl Guest {
     }
 
     pub(crate) fn init(&mut self) {
-        // DO_READDIRPLUS, READDIRPLUS_AUTO
-        let init = Call::new(Op::Init, 0).word(7).word(38).word(1 << 17).word(1 << 13 | 1 << 14);
+        // DO_READDIRPLUS, READDIRPLUS_AUTO, SUBMOUNTS
+        let init =
+            Call::new(Op::Init, 0).word(7).word(38).word(1 << 17).word(1 << 13 | 1 << 14 | 1 << 27);
         let answer = self.call(&init.data(&[0; 48])).unwrap();
         assert_eq!(word(&answer, 0), 7);
     }

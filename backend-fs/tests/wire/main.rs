@@ -12,3 +12,4 @@ mod model;
 mod requests;
 mod restart;
 mod sandbox;
+mod submounts;
