@@ -63,6 +63,12 @@ impl SandboxFiles {
         self.folder.join("ctl")
     }
 
+    /// What a pod's guest sees of the host's files.
+    #[must_use]
+    pub fn shared(&self) -> PathBuf {
+        self.folder.join("shared")
+    }
+
     /// What the guest's kernel printed.
     #[must_use]
     pub fn console(&self) -> PathBuf {

@@ -74,6 +74,15 @@ pub struct NetworkRecord {
     pub forwarding: Option<String>,
 }
 
+/// An interface of somebody else's network namespace whose frames are led to a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JoinedRecord {
+    /// Where the namespace is mounted.
+    pub netns: PathBuf,
+    /// The interface.
+    pub interface: String,
+}
+
 /// All that is known about a sandbox.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -107,6 +116,9 @@ pub struct Record {
     pub children: Vec<ProcessRecord>,
     /// Its network.
     pub network: Option<NetworkRecord>,
+    /// The interfaces of somebody else's network namespace that lead to it.
+    #[serde(default)]
+    pub joined: Vec<JoinedRecord>,
     /// The networks that it was given while it ran, by the device.
     #[serde(default)]
     pub added_networks: BTreeMap<String, NetworkRecord>,
@@ -263,6 +275,7 @@ pub(crate) mod tests {
             max_memory_bytes: 1 << 21,
             children: Vec::new(),
             network: None,
+            joined: Vec::new(),
             added_networks: BTreeMap::new(),
             cgroup: None,
             bindings: Vec::new(),

@@ -1,10 +1,13 @@
-#![expect(unsafe_code, reason = "what a child does before its exec, the tap ioctl, and fork")]
+#![expect(
+    unsafe_code,
+    reason = "what a child does before its exec, the tap ioctl, fork, mount_setattr"
+)]
 //! The system calls that no safe crate offers: one a function, owned safe types out.
 
 use std::{
     io,
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsRawFd, BorrowedFd, OwnedFd},
         unix::process::CommandExt,
     },
     process::Command,
@@ -150,4 +153,29 @@ fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the descriptor must stay open and the same as long as it is registered: an `OwnedFd`
     // gives out one number for its whole life, and the registration owns it.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
+}
+
+/// `mount_setattr(2)` on a mount and all mounts below it: adds `attributes` (`MOUNT_ATTR_*`), and sets
+/// how mounts propagate (`MS_PRIVATE`, `MS_SLAVE`).
+pub(crate) fn restrict_mount(
+    mount: BorrowedFd<'_>,
+    attributes: u64,
+    propagation: u64,
+) -> io::Result<()> {
+    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    let change = libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation, userns_fd: 0 };
+    let change_bytes = size_of::<libc::mount_attr>();
+    // SAFETY: the path is an empty C string, and `change` is a structure of `change_bytes` bytes
+    // that the kernel reads.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const change,
+            change_bytes,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

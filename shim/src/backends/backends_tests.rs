@@ -22,7 +22,8 @@ async fn a_backend_that_ends_at_once_is_reported_with_its_last_words() {
     let program = folder.path().join("nacre-blk");
     fs::write(&program, "#!/bin/sh\necho \"got $*\" >&2\nexit 3\n").unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-    let (mut backends, ends) = Backends::start(&disk(), &surroundings(&folder), None).unwrap();
+    let (mut backends, ends) =
+        Backends::start(&disk(), &surroundings(&folder), &BTreeMap::new()).unwrap();
     assert_eq!((ends[0].id.as_str(), ends[0].kind), ("disk-0", "blk"));
     let error = backends.ready().await.unwrap_err().to_string();
     assert!(
@@ -37,6 +38,6 @@ async fn a_backend_that_ends_at_once_is_reported_with_its_last_words() {
 #[tokio::test]
 async fn a_backend_that_is_missing_is_named() {
     let folder = tempfile::tempdir().unwrap();
-    let error = Backends::start(&disk(), &surroundings(&folder), None).unwrap_err();
+    let error = Backends::start(&disk(), &surroundings(&folder), &BTreeMap::new()).unwrap_err();
     assert!(error.to_string().starts_with("nacre-blk of `disk-0`: no such program: "), "{error}");
 }

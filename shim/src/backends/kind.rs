@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
-use crate::{network::Network, paths::SandboxFiles, plan::DevicePlan};
+use crate::{network::Nic, paths::SandboxFiles, plan::DevicePlan};
 
 /// The length of a share's tag in its configuration space.
 const FS_TAG_BYTES: usize = 36;
@@ -75,17 +75,17 @@ impl DevicePlan {
 }
 
 /// What is known here of a device's configuration space (virtio 1.3, sections 5.1.4 and 5.11.4).
-pub(super) fn config_space(device: &DevicePlan, network: Option<&Network>) -> Vec<u8> {
-    match (device, network) {
+pub(super) fn config_space(device: &DevicePlan, nic: Option<&Nic>) -> Vec<u8> {
+    match (device, nic) {
         (DevicePlan::Share { tag, .. }, _) => {
             let mut bytes = tag.as_bytes().to_vec();
             bytes.resize(FS_TAG_BYTES, 0);
             bytes.extend(1_u32.to_le_bytes());
             bytes
         }
-        (DevicePlan::Network { .. }, Some(network)) => {
+        (DevicePlan::Network { .. }, Some(nic)) => {
             let (link_up, pairs, mtu) = (1_u16, 1_u16, 0_u16);
-            let mut bytes = network.pair.mac_bytes().to_vec();
+            let mut bytes = nic.mac.to_vec();
             bytes.extend([link_up, pairs, mtu].map(u16::to_le_bytes).as_flattened());
             bytes
         }
@@ -124,8 +124,12 @@ pub(super) fn arguments(device: &DevicePlan, files: &SandboxFiles) -> Vec<OsStri
             let socket = files.vsock().into_os_string();
             (vec!["--guest-cid".into(), cid.to_string().into(), "--uds-path".into(), socket], false)
         }
-        DevicePlan::Share { tag, path: folder, read_only, .. } => {
-            let arguments = vec!["--shared-dir".into(), path(folder), "--tag".into(), tag.into()];
+        DevicePlan::Share { tag, path: folder, read_only, submounts, .. } => {
+            let mut arguments =
+                vec!["--shared-dir".into(), path(folder), "--tag".into(), tag.into()];
+            if *submounts {
+                arguments.extend(["--announce-submounts", "--xattr"].map(OsString::from));
+            }
             (arguments, *read_only)
         }
         DevicePlan::Disk { serial, path: file, read_only } => {

@@ -12,7 +12,7 @@ mod patience;
 mod process;
 mod roster;
 
-use std::{future, os::fd::OwnedFd, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, future, os::fd::OwnedFd, pin::Pin, sync::Arc, time::Duration};
 
 use futures::{StreamExt, future::try_join_all, stream::FuturesUnordered};
 use tokio::{sync::Notify, time::timeout};
@@ -27,7 +27,7 @@ pub use roster::Roster;
 
 pub(crate) use error::said;
 
-use crate::{network::Network, plan::DevicePlan, record::ProcessRecord, vmm::Link};
+use crate::{network::Nic, plan::DevicePlan, record::ProcessRecord, vmm::Link};
 use estate::Estate;
 use keeper::Keeper;
 use kind::Role;
@@ -65,7 +65,8 @@ pub struct Backends {
 }
 
 impl Backends {
-    /// Starts one for each device and waits for none.
+    /// Starts one for each device and waits for none. `nics` are those of the network devices, by
+    /// their ids.
     ///
     /// # Errors
     ///
@@ -73,11 +74,12 @@ impl Backends {
     pub fn start(
         devices: &[DevicePlan],
         surroundings: &Surroundings,
-        network: Option<&Network>,
+        nics: &BTreeMap<String, Nic>,
     ) -> Result<(Self, Vec<VmmEnd>), BackendError> {
         estate::make_room();
-        let started =
-            devices.iter().map(|device| Backend::start(device, surroundings.clone(), network));
+        let started = devices
+            .iter()
+            .map(|device| Backend::start(device, surroundings.clone(), nics.get(device.id())));
         let started: Vec<(Backend, VmmEnd)> = started.collect::<Result<_, BackendError>>()?;
         let (backends, ends) = started.into_iter().unzip();
         Ok((Self { backends }, ends))
@@ -117,13 +119,13 @@ impl Backend {
     pub(crate) fn start(
         device: &DevicePlan,
         surroundings: Surroundings,
-        network: Option<&Network>,
+        nic: Option<&Nic>,
     ) -> Result<(Self, VmmEnd), BackendError> {
-        let blueprint = Blueprint::new(device, surroundings, network)?;
+        let blueprint = Blueprint::new(device, surroundings, nic)?;
         let estate = Estate::new(device.id(), device.state_bytes());
         let estate = estate.map_err(blueprint.prepare())?;
         let (process, socket) = blueprint.start(&blueprint.program(), &estate, Role::First)?;
-        let end = blueprint.vmm_end(network, socket);
+        let end = blueprint.vmm_end(nic, socket);
         Ok((Self { process, blueprint, estate }, end))
     }
 

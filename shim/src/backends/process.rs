@@ -22,7 +22,7 @@ use crate::{
     },
     cgroup::{Cgroup, CgroupError},
     child::{Child, ChildError, End, Launch},
-    network::Network,
+    network::Nic,
     paths::SandboxFiles,
     plan::DevicePlan,
 };
@@ -92,14 +92,14 @@ impl Blueprint {
     pub(super) fn new(
         device: &DevicePlan,
         surroundings: Surroundings,
-        network: Option<&Network>,
+        nic: Option<&Nic>,
     ) -> Result<Self, BackendError> {
         let name = format!("{} of `{}`", device.program(), device.id());
-        let nic = match (device, network) {
-            (DevicePlan::Network { .. }, Some(network)) => {
-                let tap = network.tap.try_clone();
+        let nic = match (device, nic) {
+            (DevicePlan::Network { .. }, Some(nic)) => {
+                let tap = nic.tap.try_clone();
                 let prepare = |source| BackendError::Prepare { name: name.clone(), source };
-                Some((tap.map_err(prepare)?, network.pair.mac()))
+                Some((tap.map_err(prepare)?, nic.mac()))
             }
             _ => None,
         };
@@ -112,11 +112,11 @@ impl Blueprint {
     }
 
     /// The VMM's end of a first process.
-    pub(super) fn vmm_end(&self, network: Option<&Network>, socket: OwnedFd) -> VmmEnd {
+    pub(super) fn vmm_end(&self, nic: Option<&Nic>, socket: OwnedFd) -> VmmEnd {
         VmmEnd {
             id: self.device.id().to_owned(),
             kind: self.device.kind(),
-            config: kind::config_space(&self.device, network),
+            config: kind::config_space(&self.device, nic),
             socket,
         }
     }

@@ -64,6 +64,9 @@ pub enum NetworkError {
     /// Forwarding can't be switched on.
     #[error("can't switch on forwarding of {0}")]
     Forwarding(String, #[source] io::Error),
+    /// A hardware address is none.
+    #[error("`{0}` is no hardware address")]
+    Mac(String),
     /// There is nothing to record it in.
     #[error("the sandbox is registered no more")]
     Unregistered,
@@ -77,8 +80,37 @@ pub enum NetworkError {
 pub struct Network {
     /// Its addresses.
     pub pair: Pair,
-    /// The tap, for `nacre-net`.
+    /// Its end for the guest.
+    pub nic: Nic,
+}
+
+/// What `nacre-net` serves a guest's nic with.
+#[derive(Debug)]
+pub struct Nic {
+    /// The tap.
     pub tap: OwnedFd,
+    /// The guest's hardware address.
+    pub mac: [u8; 6],
+}
+
+impl Nic {
+    /// With the hardware address that `mac` is the text of.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it is none.
+    pub fn with_mac(tap: OwnedFd, mac: &str) -> Result<Self, NetworkError> {
+        let groups = mac.split(':').map(|group| u8::from_str_radix(group, 16).ok());
+        let bytes = groups.collect::<Option<Vec<u8>>>().and_then(|bytes| bytes.try_into().ok());
+        let mac = bytes.ok_or_else(|| NetworkError::Mac(mac.to_owned()))?;
+        Ok(Self { tap, mac })
+    }
+
+    /// The hardware address as it is written.
+    #[must_use]
+    pub fn mac(&self) -> String {
+        self.mac.map(|byte| format!("{byte:02x}")).join(":")
+    }
 }
 
 /// Makes the network of a sandbox, or of a `device` that it is given while it runs. If it fails
@@ -101,7 +133,7 @@ pub fn create(
         None => log::info!("the host has no default route: the sandbox reaches only the host"),
         Some(uplink) => let_out(registration, pair, &uplink)?,
     }
-    Ok(Network { pair, tap })
+    Ok(Network { pair, nic: Nic { tap, mac: pair.mac_bytes() } })
 }
 
 fn let_out(registration: &mut Registration, pair: Pair, uplink: &str) -> Result<(), NetworkError> {

@@ -12,7 +12,12 @@ use std::{
 
 use nacre_proto::exit::RunExit;
 
-use crate::{image::beneath::Beneath, network, plan::SandboxConfig, size::ByteSize};
+use crate::{
+    image::beneath::Beneath,
+    network,
+    plan::{Contents, SandboxConfig},
+    size::ByteSize,
+};
 
 /// The largest account file that is read, in bytes.
 const MAX_ACCOUNTS_BYTES: u64 = 1 << 20;
@@ -127,18 +132,21 @@ impl InputError {
 }
 
 impl HostFacts {
-    /// Asks the host, and the container's root file system for its accounts.
+    /// Asks the host, and the container's root file system for its accounts, if there is one.
     ///
     /// # Errors
     ///
     /// Fails if /proc is not there or the root file system is no folder.
-    pub fn gather(rootfs: &Path) -> Result<Self, InputError> {
+    pub fn gather(rootfs: Option<&Path>) -> Result<Self, InputError> {
         let meminfo = Path::new("/proc/meminfo");
         let text = fs::read_to_string(meminfo);
         let text = text.map_err(InputError::unusable(Input::HostMemory, meminfo))?;
-        let root = Beneath::open(rootfs);
-        let root = root.map_err(InputError::unusable(Input::RootFs, rootfs))?;
+        let open = |rootfs: &Path| {
+            Beneath::open(rootfs).map_err(InputError::unusable(Input::RootFs, rootfs))
+        };
+        let root = rootfs.map(open).transpose()?;
         let accounts = |path: &str| {
+            let Some(root) = &root else { return String::new() };
             let bytes = root.read(Path::new(path), MAX_ACCOUNTS_BYTES);
             let bytes = bytes.inspect_err(|error| log::debug!("the container's {path}: {error}"));
             String::from_utf8_lossy(&bytes.unwrap_or_default()).into_owned()
@@ -187,11 +195,12 @@ fn address_bits(cpuinfo: &str) -> Option<u32> {
 pub fn check(config: &SandboxConfig) -> Result<(), InputError> {
     content(Input::Kernel, &config.kernel)?;
     content(Input::Initramfs, &config.initramfs)?;
-    folder(Input::RootFs, &config.rootfs)?;
-    for volume in &config.volumes {
+    let Contents::Container(container) = &config.contents else { return Ok(()) };
+    folder(Input::RootFs, &container.rootfs)?;
+    for volume in &container.volumes {
         self::volume(&volume.host)?;
     }
-    for given in &config.disks {
+    for given in &container.disks {
         disk(&given.path, given.read_only)?;
     }
     Ok(())

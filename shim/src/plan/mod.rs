@@ -5,24 +5,34 @@
 //! (an overlay above `lower`, unless it is to be written), the volume number N at `volumes/N`. Disk
 //! number N has the serial `disk-N` and appears in the container as `/dev/disk-N`.
 
+mod devices;
 mod error;
 pub mod inputs;
 pub mod process;
 mod size;
 pub mod spec;
 
-use std::{collections::BTreeMap, net::Ipv4Addr, path::PathBuf};
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 use nacre_proto::agent::{Device, Storage};
 use oci_spec::runtime::Spec;
 
-use crate::{cgroup::HostLimits, name::SandboxName, passthrough::Function, size::ByteSize};
+use crate::{
+    cgroup::HostLimits, name::SandboxName, network::namespace::Found, passthrough::Function,
+    size::ByteSize,
+};
+pub use devices::DevicePlan;
+pub(crate) use devices::{guest_pod, mount_point, nic_id};
 pub use error::PlanError;
 use inputs::HostFacts;
 use process::ProcessConfig;
 
 /// Where the agent mounts what is shared with the guest.
 const GUEST: &str = "/run/nacre";
+/// The tag of a pod's share, and where it is mounted below that.
+pub(crate) const POD: &str = "pod";
+/// Where the memory is mounted in the guest that a pod's containers share.
+pub(crate) const POD_MEMORY: &str = "/run/nacre/shm";
 /// What the guest's kernel is told, unless more is asked for.
 ///
 /// `panic=-1` reboots at once, which the VMM reports; the time source is known to be good, so it is
@@ -72,10 +82,57 @@ pub struct ContainerLimits {
     pub pids: Option<u32>,
 }
 
+/// The container of a sandbox that has exactly one.
+#[derive(Clone, Debug)]
+pub struct ContainerConfig {
+    /// Its root file system.
+    pub rootfs: PathBuf,
+    /// Whether it writes to that, instead of to memory.
+    pub writable_rootfs: bool,
+    /// Shared folders.
+    pub volumes: Vec<Volume>,
+    /// Disks.
+    pub disks: Vec<Disk>,
+    /// Its program.
+    pub process: ProcessConfig,
+    /// Limits in the guest.
+    pub limits: ContainerLimits,
+}
+
+/// What runs in a sandbox.
+#[derive(Clone, Debug)]
+pub enum Contents {
+    /// One container, from the beginning to the end.
+    Container(Box<ContainerConfig>),
+    /// Containers that come and go; what they have of the host's files is in this folder.
+    Pod {
+        /// The folder.
+        shared: PathBuf,
+        /// The guest's own name servers.
+        nameservers: Vec<IpAddr>,
+    },
+}
+
+/// How a guest reaches others.
+#[derive(Clone, Debug, PartialEq)]
+pub enum NetworkConfig {
+    /// Not at all.
+    None,
+    /// By a network of the sandbox's own, which is made for it.
+    Own,
+    /// By the interfaces of a network namespace that somebody else made.
+    Namespace {
+        /// Where it is mounted.
+        path: PathBuf,
+        /// What is in it.
+        found: Found,
+    },
+}
+
 /// All that a front end can ask for.
 #[derive(Clone, Debug)]
 pub struct SandboxConfig {
-    /// Its name; also the container's id.
+    /// Its name; also the id of its container, if it has one from the beginning.
     pub name: SandboxName,
     /// The guest's kernel.
     pub kernel: PathBuf,
@@ -85,10 +142,6 @@ pub struct SandboxConfig {
     pub kernel_arguments: Vec<String>,
     /// Whether the guest's kernel is to tell more.
     pub verbose_kernel: bool,
-    /// The container's root file system.
-    pub rootfs: PathBuf,
-    /// Whether the container writes to it, instead of to memory.
-    pub writable_rootfs: bool,
     /// How many processors the guest has.
     pub cpus: u32,
     /// How many it can be given; as many as the host has unless told otherwise.
@@ -97,79 +150,18 @@ pub struct SandboxConfig {
     pub memory: ByteSize,
     /// How much it can be given; as much as the host has unless told otherwise.
     pub max_memory: Option<ByteSize>,
-    /// Shared folders.
-    pub volumes: Vec<Volume>,
-    /// Disks.
-    pub disks: Vec<Disk>,
     /// Devices of the host's that the guest is given as they are.
     pub passthrough: Vec<Function>,
-    /// Whether there is a network.
-    pub network: bool,
-    /// The name that the guest and the container have for themselves.
+    /// Its network.
+    pub network: NetworkConfig,
+    /// The name that the guest, and its container, have for themselves.
     pub hostname: Option<String>,
-    /// The container's program.
-    pub process: ProcessConfig,
-    /// Limits in the guest.
-    pub limits: ContainerLimits,
+    /// Set in the guest as a whole.
+    pub sysctls: BTreeMap<String, String>,
+    /// What runs in it.
+    pub contents: Contents,
     /// Limits on the host.
     pub host_limits: HostLimits,
-}
-
-/// A device of the guest, and so one backend.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DevicePlan {
-    /// `nacre-vsock`.
-    Vsock {
-        /// The guest's address; each VM has its own socket, so the number need not be unique.
-        cid: u32,
-    },
-    /// `nacre-fs`.
-    Share {
-        /// The tag, also the device's id.
-        tag: String,
-        /// The folder.
-        path: PathBuf,
-        /// Whether the guest may only read it.
-        read_only: bool,
-        /// Where the container sees it; none: it is below the container's root.
-        place: Option<PathBuf>,
-    },
-    /// `nacre-blk`.
-    Disk {
-        /// The serial, also the device's id.
-        serial: String,
-        /// The image.
-        path: PathBuf,
-        /// Whether it may only be read.
-        read_only: bool,
-    },
-    /// `nacre-net`.
-    Network {
-        /// The device's id.
-        id: String,
-        /// What the guest calls it.
-        interface: String,
-    },
-}
-
-impl DevicePlan {
-    /// The network interface number `index`.
-    #[must_use]
-    pub fn nic(index: usize) -> Self {
-        let id = if index == 0 { "net".to_owned() } else { format!("net-{index}") };
-        Self::Network { id, interface: format!("eth{index}") }
-    }
-
-    /// The device's id for the VMM and for messages.
-    #[must_use]
-    pub fn id(&self) -> &str {
-        match self {
-            Self::Vsock { .. } => "vsock",
-            Self::Share { tag, .. } => tag,
-            Self::Disk { serial, .. } => serial,
-            Self::Network { id, .. } => id,
-        }
-    }
 }
 
 /// The id of the passthrough device number `index`.
@@ -191,16 +183,23 @@ pub struct SandboxPlan {
     pub command_line: String,
     /// The guest's devices.
     pub devices: Vec<DevicePlan>,
-    /// What the agent mounts before the container is made, in order.
+    /// What the agent mounts before any container is made, in order.
     pub storages: Vec<Storage>,
-    /// Which disks become device nodes of the container.
-    pub container_devices: Vec<Device>,
     /// The name servers for the guest.
-    pub nameservers: Vec<Ipv4Addr>,
+    pub nameservers: Vec<IpAddr>,
     /// The guest's own name.
     pub hostname: String,
-    /// The container.
+    /// The container, if there is one from the beginning.
+    pub container: Option<ContainerPlan>,
+}
+
+/// A container that can be made.
+#[derive(Clone, Debug)]
+pub struct ContainerPlan {
+    /// Its specification.
     pub spec: Spec,
+    /// Which disks become device nodes of it.
+    pub devices: Vec<Device>,
 }
 
 impl SandboxPlan {
@@ -218,28 +217,46 @@ impl SandboxPlan {
     /// Fails if what is asked for makes no sense on this host.
     pub fn new(config: SandboxConfig, facts: &HostFacts) -> Result<Self, PlanError> {
         size::check(&config, facts)?;
-        for volume in &config.volumes {
-            absolute("volume", &volume.guest)?;
-            if volume.guest.parent().is_none() {
-                return Err(PlanError::VolumeOnRoot);
-            }
-        }
         let hostname = hostname(&config)?;
-        let nameservers = if config.network { facts.nameservers.clone() } else { Vec::new() };
-        let spec = spec::build(&config, facts, &hostname, !nameservers.is_empty())?;
+        let nameservers = match (&config.contents, &config.network) {
+            (Contents::Pod { nameservers, .. }, _) => nameservers.clone(),
+            (Contents::Container(_), NetworkConfig::None) => Vec::new(),
+            (Contents::Container(_), _) => {
+                facts.nameservers.iter().copied().map(IpAddr::V4).collect()
+            }
+        };
+        let container = match &config.contents {
+            Contents::Pod { .. } => None,
+            Contents::Container(container) => {
+                check_volumes(&container.volumes)?;
+                let identity = (&config.name, &*hostname);
+                let resolver = !nameservers.is_empty();
+                let spec = spec::build(container, identity, facts, resolver)?;
+                Some(ContainerPlan { spec, devices: devices::container_devices(&container.disks) })
+            }
+        };
         Ok(Self {
             max_cpus: size::max_cpus(&config, facts)?,
             max_memory: size::max_memory(&config, facts)?,
             command_line: command_line(&config)?,
-            devices: devices(&config),
-            storages: storages(&config),
-            container_devices: container_devices(&config.disks),
+            devices: devices::devices(&config),
+            storages: devices::storages(&config.contents),
             nameservers,
             hostname,
-            spec,
+            container,
             config,
         })
     }
+}
+
+fn check_volumes(volumes: &[Volume]) -> Result<(), PlanError> {
+    for volume in volumes {
+        absolute("volume", &volume.guest)?;
+        if volume.guest.parent().is_none() {
+            return Err(PlanError::VolumeOnRoot);
+        }
+    }
+    Ok(())
 }
 
 fn absolute(what: &'static str, path: &std::path::Path) -> Result<(), PlanError> {
@@ -275,76 +292,6 @@ fn command_line(config: &SandboxConfig) -> Result<String, PlanError> {
     } else {
         Err(PlanError::CommandLine(line.len()))
     }
-}
-
-fn devices(config: &SandboxConfig) -> Vec<DevicePlan> {
-    let rootfs = DevicePlan::Share {
-        tag: "rootfs".to_owned(),
-        path: config.rootfs.clone(),
-        read_only: !config.writable_rootfs,
-        place: None,
-    };
-    let volumes = config.volumes.iter().enumerate().map(|(index, volume)| DevicePlan::Share {
-        tag: format!("volume-{index}"),
-        path: volume.host.clone(),
-        read_only: volume.read_only,
-        place: Some(volume.guest.clone()),
-    });
-    let disks = config.disks.iter().enumerate().map(|(index, disk)| DevicePlan::Disk {
-        serial: format!("disk-{index}"),
-        path: disk.path.clone(),
-        read_only: disk.read_only,
-    });
-    [DevicePlan::Vsock { cid: 3 }, rootfs]
-        .into_iter()
-        .chain(volumes)
-        .chain(disks)
-        .chain(config.network.then(|| DevicePlan::nic(0)))
-        .collect()
-}
-
-/// Where a volume is mounted in the guest.
-pub(crate) fn mount_point(tag: &str) -> String {
-    format!("{GUEST}/volumes/{}", tag.strip_prefix("volume-").unwrap_or(tag))
-}
-
-fn storages(config: &SandboxConfig) -> Vec<Storage> {
-    let share = |tag: String, mount_point: String, read_only: bool| Storage {
-        driver: "virtiofs".to_owned(),
-        source: tag,
-        options: if read_only { vec!["ro".to_owned()] } else { Vec::new() },
-        mount_point,
-        ..Storage::default()
-    };
-    let lower = format!("{GUEST}/lower");
-    let rootfs = format!("{GUEST}/rootfs");
-    let mut storages = if config.writable_rootfs {
-        vec![share("rootfs".to_owned(), rootfs, false)]
-    } else {
-        let overlay = Storage {
-            driver: "overlay".to_owned(),
-            source: lower.clone(),
-            mount_point: rootfs,
-            ..Storage::default()
-        };
-        vec![share("rootfs".to_owned(), lower, true), overlay]
-    };
-    storages.extend(config.volumes.iter().enumerate().map(|(index, volume)| {
-        let tag = format!("volume-{index}");
-        let mount_point = mount_point(&tag);
-        share(tag, mount_point, volume.read_only)
-    }));
-    storages
-}
-
-fn container_devices(disks: &[Disk]) -> Vec<Device> {
-    let device = |(index, disk): (usize, &Disk)| Device {
-        serial: format!("disk-{index}"),
-        container_path: format!("/dev/disk-{index}"),
-        read_only: disk.read_only,
-        ..Device::default()
-    };
-    disks.iter().enumerate().map(device).collect()
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Plans: what is asked for against what comes out.
 
+use std::net::Ipv4Addr;
+
 use super::*;
 
 pub(crate) fn config() -> SandboxConfig {
@@ -9,20 +11,27 @@ pub(crate) fn config() -> SandboxConfig {
         initramfs: "/initramfs".into(),
         kernel_arguments: vec!["loglevel=7".to_owned()],
         verbose_kernel: false,
-        rootfs: "/rootfs".into(),
-        writable_rootfs: false,
         cpus: 1,
         max_cpus: None,
         memory: ByteSize(512 << 20),
         max_memory: None,
+        passthrough: Vec::new(),
+        network: NetworkConfig::Own,
+        hostname: None,
+        sysctls: BTreeMap::new(),
+        contents: Contents::Container(Box::new(container())),
+        host_limits: HostLimits::default(),
+    }
+}
+
+fn container() -> ContainerConfig {
+    ContainerConfig {
+        rootfs: "/rootfs".into(),
+        writable_rootfs: false,
         volumes: vec![Volume { host: "/data".into(), guest: "/mnt/data".into(), read_only: true }],
         disks: vec![Disk { path: "/disk.img".into(), read_only: false }],
-        passthrough: Vec::new(),
-        network: true,
-        hostname: None,
         process: ProcessConfig { arguments: vec!["true".to_owned()], ..ProcessConfig::default() },
         limits: ContainerLimits { memory: Some(ByteSize(64 << 20)), pids: Some(10) },
-        host_limits: HostLimits::default(),
     }
 }
 
@@ -36,6 +45,11 @@ pub(crate) fn facts() -> HostFacts {
         passwd: String::new(),
         group: String::new(),
     }
+}
+
+fn of(config: &mut SandboxConfig) -> &mut ContainerConfig {
+    let Contents::Container(container) = &mut config.contents else { panic!("a pod") };
+    container
 }
 
 fn plan(change: impl FnOnce(&mut SandboxConfig)) -> Result<SandboxPlan, PlanError> {
@@ -63,14 +77,14 @@ fn the_root_file_system_is_below_an_overlay_unless_it_is_to_be_written() {
         [entry("virtiofs", "/run/nacre/lower"), entry("overlay", "/run/nacre/rootfs")]
     );
     assert_eq!(
-        mounts(&plan(|config| config.writable_rootfs = true).unwrap()),
+        mounts(&plan(|config| of(config).writable_rootfs = true).unwrap()),
         [entry("virtiofs", "/run/nacre/rootfs"), entry("virtiofs", "/run/nacre/volumes/0")]
     );
 }
 
 #[test]
 fn the_specification_carries_what_was_asked_for() {
-    let spec = serde_json::to_value(plan(|_| ()).unwrap().spec).unwrap();
+    let spec = serde_json::to_value(plan(|_| ()).unwrap().container.unwrap().spec).unwrap();
     assert_eq!(spec["hostname"], "web");
     assert_eq!(spec["linux"]["resources"]["memory"]["limit"], 64 << 20);
     assert_eq!(spec["linux"]["resources"]["pids"]["limit"], 10);
@@ -100,9 +114,9 @@ fn what_makes_no_sense_is_refused() {
     assert_eq!(plan(|config| config.memory = ByteSize(0)).unwrap_err(), PlanError::NoMemory);
     let error = plan(|config| config.memory = ByteSize(2 << 30)).unwrap_err();
     assert_eq!(error.to_string(), "memory of 2G is more than the host's memory and swap, 1G");
-    let error = plan(|config| config.volumes[0].guest = "/".into()).unwrap_err();
+    let error = plan(|config| of(config).volumes[0].guest = "/".into()).unwrap_err();
     assert_eq!(error, PlanError::VolumeOnRoot);
-    let error = plan(|config| config.volumes[0].guest = "data".into()).unwrap_err();
+    let error = plan(|config| of(config).volumes[0].guest = "data".into()).unwrap_err();
     assert!(matches!(error, PlanError::NotAbsolute { .. }));
     let error = plan(|config| config.hostname = Some("a b".to_owned())).unwrap_err();
     assert!(matches!(error, PlanError::Hostname(_)));

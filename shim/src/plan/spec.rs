@@ -7,7 +7,10 @@
 use oci_spec::runtime::Spec;
 use serde_json::{Value, json};
 
-use crate::plan::{GUEST, PlanError, SandboxConfig, inputs::HostFacts, process};
+use crate::{
+    name::SandboxName,
+    plan::{ContainerConfig, GUEST, PlanError, inputs::HostFacts, process},
+};
 
 const CAPABILITIES: [&str; 14] = [
     "CAP_CHOWN",
@@ -48,9 +51,9 @@ const READ_ONLY: [&str; 5] =
 ///
 /// Fails if the process makes no sense.
 pub fn build(
-    config: &SandboxConfig,
+    config: &ContainerConfig,
+    (name, hostname): (&SandboxName, &str),
     facts: &HostFacts,
-    hostname: &str,
     resolver: bool,
 ) -> Result<Spec, PlanError> {
     let mut process = process::object(&config.process, hostname, &facts.passwd, &facts.group)?;
@@ -69,7 +72,7 @@ pub fn build(
                 {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"},
                 {"type": "cgroup"},
             ],
-            "cgroupsPath": format!("/nacre/{}", config.name),
+            "cgroupsPath": format!("/nacre/{name}"),
             "maskedPaths": MASKED,
             "readonlyPaths": READ_ONLY,
             "resources": resources(config),
@@ -78,7 +81,7 @@ pub fn build(
     serde_json::from_value(spec).map_err(|error| PlanError::Spec(error.to_string()))
 }
 
-fn mounts(config: &SandboxConfig, resolver: bool) -> Vec<Value> {
+fn mounts(config: &ContainerConfig, resolver: bool) -> Vec<Value> {
     let mount = |kind: &str, destination: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": kind, "options": options});
     let mut mounts = vec![
         mount("proc", "/proc", &["nosuid", "noexec", "nodev"]),
@@ -106,7 +109,7 @@ fn mounts(config: &SandboxConfig, resolver: bool) -> Vec<Value> {
     mounts
 }
 
-fn resources(config: &SandboxConfig) -> Value {
+fn resources(config: &ContainerConfig) -> Value {
     let mut resources = json!({"devices": [{"allow": false, "access": "rwm"}]});
     if let Some(memory) = config.limits.memory {
         resources["memory"] = json!({"limit": memory.0, "swap": memory.0});

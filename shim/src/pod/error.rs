@@ -1,10 +1,17 @@
 //! Why a pod does not do what it is asked, and of which kind that is for whoever asked.
 
+use std::path::PathBuf;
+
 use ttrpc::Code;
 
 use crate::{
-    agent::AgentError, name::NameError, plan::PlanError, registry::RegistryError,
-    sandbox::SandboxError, streams::StreamError,
+    agent::AgentError,
+    name::NameError,
+    plan::{PlanError, inputs::InputError},
+    pod::{ShareError, SpecError},
+    registry::RegistryError,
+    sandbox::SandboxError,
+    streams::StreamError,
 };
 
 /// The kinds that the protocols of containerd tell apart, by their gRPC names.
@@ -42,6 +49,41 @@ pub enum PodError {
     /// The process's streams can't be connected.
     #[error(transparent)]
     Stream(#[from] StreamError),
+    /// A file that the pod is to boot can't be used, or the host tells nothing of itself.
+    #[error(transparent)]
+    Input(#[from] InputError),
+    /// The container's specification can't be followed.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The container's limits are none.
+    #[error("the limits are malformed")]
+    Limits(#[source] serde_json::Error),
+    /// What the container needs of the host's files can't be shared.
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    /// The id can be no container's.
+    #[error("`{0}` is no id for a container: letters, digits, `_`, `.` and `-` are expected")]
+    ContainerId(String),
+    /// There is such a container.
+    #[error("there is a container `{0}` already")]
+    Exists(String),
+    /// There is no such container.
+    #[error("there is no container `{0}`")]
+    Unknown(String),
+    /// The guest can't be given what its containers are allowed.
+    #[error("the guest can't be given what its containers are allowed: {0}")]
+    Size(String),
+    /// A block device of the host's can't be the guest's.
+    #[error("the block device {}: {why}", path.display())]
+    Disk {
+        /// On the host.
+        path: PathBuf,
+        /// Why not.
+        why: String,
+    },
+    /// The VMM does not tell what there is.
+    #[error("the VMM: {0}")]
+    Refused(String),
     /// The pod is no more.
     #[error("the pod has ended: {0}")]
     Ended(String),
@@ -52,11 +94,22 @@ impl PodError {
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Id(_) | Self::Plan(_) => ErrorKind::InvalidArgument,
+            Self::Id(_)
+            | Self::Plan(_)
+            | Self::Spec(_)
+            | Self::Limits(_)
+            | Self::ContainerId(_) => ErrorKind::InvalidArgument,
+            Self::Exists(_) => ErrorKind::AlreadyExists,
+            Self::Unknown(_) => ErrorKind::NotFound,
             Self::Sandbox(SandboxError::Registry(RegistryError::InUse { .. })) => {
                 ErrorKind::AlreadyExists
             }
-            Self::Sandbox(_) => ErrorKind::Internal,
+            Self::Sandbox(_)
+            | Self::Input(_)
+            | Self::Share(_)
+            | Self::Size(_)
+            | Self::Disk { .. }
+            | Self::Refused(_) => ErrorKind::Internal,
             Self::Agent(error) => of_agent(error),
             Self::Stream(_) | Self::Ended(_) => ErrorKind::Unavailable,
         }

@@ -19,13 +19,14 @@ use rustix::process::{Signal, pidfd_send_signal};
 use crate::{
     cgroup, error_chain, lock,
     name::SandboxName,
-    network::{self, address},
+    network::{self, address, namespace},
     passthrough::{Host, binding},
     paths::SandboxFiles,
     record::{NetworkRecord, Phase, ProcessRecord, Record, RecordError},
 };
 
 mod registration;
+mod tree;
 
 pub use registration::Registration;
 
@@ -138,6 +139,12 @@ impl Registry {
         self.root.join(name.as_str())
     }
 
+    /// Where the files of the sandbox `name` are, or would be.
+    #[must_use]
+    pub fn files(&self, name: &SandboxName) -> SandboxFiles {
+        SandboxFiles::new(self.folder(name))
+    }
+
     fn lock(&self) -> Result<File, RegistryError> {
         lock::exclusive(&self.root, LOCKED_WITHIN, || Ok(()))
             .map_err(|source| RegistryError::Folder { path: self.root.clone(), source })
@@ -192,6 +199,7 @@ impl Registry {
                 self.take_down(&record)?;
                 (record.network, record.cgroup) = (None, None);
                 record.added_networks.clear();
+                record.joined.clear();
                 record.children.clear();
                 record.bindings.clear();
                 record.write(files.folder())?;
@@ -288,7 +296,7 @@ impl Registry {
         if let Some(record) = Record::read(&folder)? {
             self.take_down(&record)?;
         }
-        match fs::remove_dir_all(&folder) {
+        match tree::remove(&folder) {
             // Its own supervisor removed it first.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             removed => removed.map_err(|source| RegistryError::Folder { path: folder, source }),
@@ -302,6 +310,9 @@ impl Registry {
         for network in record.networks() {
             network::remove(network, self.forwarding_users(&taps)?);
         }
+        record.joined.iter().for_each(namespace::leave);
+        tree::detach(&self.folder(&record.name))
+            .map_err(|source| RegistryError::Folder { path: self.folder(&record.name), source })?;
         if let Some(path) = &record.cgroup {
             cgroup::remove(path);
         }

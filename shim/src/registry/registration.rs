@@ -1,15 +1,12 @@
 //! A name that was claimed, and what its owner may do with it.
 
-use std::{
-    fs::{self, File},
-    path::Path,
-};
+use std::{fs::File, mem};
 
 use crate::{
-    network::{self, address},
+    network::{self, address, namespace},
     paths::SandboxFiles,
     record::{NetworkRecord, Phase, Record},
-    registry::{Registry, RegistryError},
+    registry::{Registry, RegistryError, tree},
 };
 
 /// A claimed name and its record. Dropping it removes the folder, unless it was told to stay.
@@ -122,6 +119,13 @@ impl Registration {
         }
     }
 
+    /// Lets the interfaces of a pod's namespace go.
+    pub fn leave_namespace(&mut self) {
+        for joined in mem::take(&mut self.record.joined) {
+            namespace::leave(&joined);
+        }
+    }
+
     fn release(&mut self, network: &NetworkRecord) {
         let users = self.registry.lock().and_then(|lock| {
             let users = self.registry.forwarding_users(&[network.tap.as_str()]);
@@ -167,14 +171,12 @@ impl Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         if !self.stays {
-            remove_folder(self.files.folder());
+            match tree::remove(self.files.folder()) {
+                Ok(()) => log::debug!("removed {}", self.files.folder().display()),
+                Err(error) => {
+                    log::warn!("can't remove {}: {error}", self.files.folder().display());
+                }
+            }
         }
-    }
-}
-
-fn remove_folder(folder: &Path) {
-    match fs::remove_dir_all(folder) {
-        Ok(()) => log::debug!("removed {}", folder.display()),
-        Err(error) => log::warn!("can't remove {}: {error}", folder.display()),
     }
 }

@@ -13,7 +13,11 @@ use tokio::{sync::watch, time::sleep};
 use crate::{
     agent::{Agent, AgentError},
     fault::{self, Step},
-    network::address::{PREFIX_BITS, Pair},
+    network::{
+        address::{PREFIX_BITS, Pair},
+        namespace::Found,
+    },
+    plan::NetworkConfig,
     sandbox::{
         SandboxError,
         create::{AgentUp, VmUp},
@@ -69,12 +73,16 @@ impl VmUp {
             .and_then(|mut file| file.read_exact(&mut seed))
             .map_err(SandboxError::Random)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let (interfaces, routes) = match &self.host.network {
-            None => (Vec::new(), Vec::new()),
-            Some(network) => {
-                let (interface, route) = interface(network.pair, "eth0");
-                (vec![interface], vec![route])
+        let (interfaces, routes, neighbors) = match (&plan.config.network, self.host.pair) {
+            (NetworkConfig::Namespace { found, .. }, _) => {
+                let Found { interfaces, routes, neighbors } = found.clone();
+                (interfaces, routes, neighbors)
             }
+            (_, Some(pair)) => {
+                let (interface, route) = interface(pair, "eth0");
+                (vec![interface], vec![route], Vec::new())
+            }
+            (_, None) => Default::default(),
         };
         Ok(ConfigureSandboxRequest {
             hostname: plan.hostname.clone(),
@@ -84,6 +92,8 @@ impl VmUp {
             routes,
             nameservers: plan.nameservers.iter().map(ToString::to_string).collect(),
             storages: plan.storages.clone(),
+            neighbors,
+            sysctls: plan.config.sysctls.clone().into_iter().collect(),
             ..ConfigureSandboxRequest::default()
         })
     }

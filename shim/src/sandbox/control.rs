@@ -61,7 +61,7 @@ struct Counter {
     roster: Roster,
     link: Link,
     /// There is one once the container runs.
-    operator: OnceLock<Operator>,
+    operator: OnceLock<Arc<Operator>>,
 }
 
 impl ControlSocket {
@@ -84,7 +84,7 @@ impl ControlSocket {
     }
 
     /// From now on the sandbox can be changed.
-    pub(super) fn employ(&self, operator: Operator) {
+    pub(super) fn employ(&self, operator: Arc<Operator>) {
         if self.counter.operator.set(operator).is_err() {
             log::debug!("there is an operator already");
         }

@@ -2,14 +2,14 @@
 
 use std::{
     collections::BTreeMap,
+    sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use nacre_proto::agent::CreateContainerRequest;
 use tokio::sync::{Mutex, mpsc};
 
 use crate::{
-    agent::{Agent, ProcessId},
+    agent::Agent,
     backends::{Backends, Devices, Surroundings, VmmEnd},
     cgroup::CgroupError,
     fault::{self, Step},
@@ -18,16 +18,15 @@ use crate::{
         memlock::{self, Raised},
     },
     paths::SandboxFiles,
-    plan::{SandboxConfig, SandboxPlan},
+    plan::{Contents, SandboxConfig, SandboxPlan},
     record::{Phase, ProcessRecord, Record, VERSION},
     registry::RegistryError,
     sandbox::{
-        Running, SandboxError, Settings,
+        SandboxError, Settings,
         change::{Errand, Operator},
         control::ControlSocket,
         host::HostResources,
     },
-    streams::{Ends, Streams},
     timing::{self, Timeline},
     vmm::Vmm,
 };
@@ -70,6 +69,11 @@ impl Planned {
 
 fn record(plan: &SandboxPlan) -> Record {
     let config = &plan.config;
+    let container = match &config.contents {
+        Contents::Container(container) => Some(container),
+        Contents::Pod { .. } => None,
+    };
+    let command = container.map(|container| container.process.arguments.clone());
     let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Record {
         version: VERSION,
@@ -77,15 +81,16 @@ fn record(plan: &SandboxPlan) -> Record {
         supervisor: ProcessRecord::this("supervisor"),
         phase: Phase::Creating,
         created_s: created.as_secs(),
-        command: config.process.arguments.clone(),
+        command: command.unwrap_or_default(),
         env: environment(plan),
-        rootfs: config.rootfs.clone(),
+        rootfs: container.map(|container| container.rootfs.clone()).unwrap_or_default(),
         cpus: config.cpus,
         memory_bytes: config.memory.0,
         max_cpus: plan.max_cpus,
         max_memory_bytes: plan.max_memory.0,
         children: Vec::new(),
         network: None,
+        joined: Vec::new(),
         added_networks: BTreeMap::new(),
         cgroup: None,
         bindings: Vec::new(),
@@ -94,7 +99,7 @@ fn record(plan: &SandboxPlan) -> Record {
 
 /// What added processes inherit.
 fn environment(plan: &SandboxPlan) -> Vec<String> {
-    let process = plan.spec.process().as_ref();
+    let process = plan.container.as_ref().and_then(|container| container.spec.process().as_ref());
     process.and_then(|process| process.env().clone()).unwrap_or_default()
 }
 
@@ -137,8 +142,7 @@ impl Claimed {
     pub async fn spawn_backends(self) -> Result<BackendsUp, SandboxError> {
         let Self { host, base } = self;
         let surroundings = base.surroundings(&host)?;
-        let (backends, ends) =
-            Backends::start(&base.plan.devices, &surroundings, host.network.as_ref())?;
+        let (backends, ends) = Backends::start(&base.plan.devices, &surroundings, &host.nics)?;
         let mut up = BackendsUp { backends, ends, host, base };
         fault::point(Step::BackendsSpawned)?;
         record_children(&mut up.host, up.backends.records())?;
@@ -209,6 +213,7 @@ pub struct VmUp {
 }
 
 impl VmUp {
+    /// Whoever changes the sandbox, for `container`, if there is the one.
     fn operator(&self, agent: &Agent, container: &str) -> Result<Operator, CgroupError> {
         Ok(Operator {
             link: self.vmm.link(),
@@ -219,6 +224,23 @@ impl VmUp {
             errands: self.errands.0.clone(),
             functions: Mutex::new(self.base.plan.functions()),
         })
+    }
+
+    /// From now on the sandbox runs: that is written down, and it can be changed.
+    pub(super) fn runs(
+        &mut self,
+        agent: &Agent,
+        container: &str,
+    ) -> Result<Arc<Operator>, SandboxError> {
+        if let Some(registration) = &mut self.host.registration {
+            registration.update(|record| record.phase = Phase::Running)?;
+            if self.base.settings.keep {
+                registration.stay();
+            }
+        }
+        let operator = Arc::new(self.operator(agent, container)?);
+        self.control.employ(Arc::clone(&operator));
+        Ok(operator)
     }
 
     /// Writes down which processes there are now.
@@ -233,60 +255,4 @@ impl VmUp {
 pub struct AgentUp {
     pub(super) agent: Agent,
     pub(super) vm: VmUp,
-}
-
-impl AgentUp {
-    /// Makes the container, connects its streams and starts its program.
-    ///
-    /// # Errors
-    ///
-    /// Fails if the agent refuses or a process ends.
-    pub async fn start_container(self, ends: Ends) -> Result<Running, SandboxError> {
-        let Self { agent, mut vm } = self;
-        let functions = vm.functions().await?;
-        let plan = &vm.base.plan;
-        let container = plan.config.name.to_string();
-        let terminal = ends.terminal;
-        let request = CreateContainerRequest {
-            container_id: container.clone(),
-            oci_spec: serde_json::to_vec(&plan.spec).map_err(SandboxError::Spec)?,
-            terminal,
-            stdin: ends.input.is_some(),
-            devices: plan.container_devices.clone(),
-            functions,
-            ..CreateContainerRequest::default()
-        };
-        vm.guarded(agent.create(&request)).await.map_err(|error| program_error(&vm, error))?;
-        vm.base.timeline.mark("container made");
-        fault::point(Step::CreateContainer)?;
-        let process = ProcessId { container, exec: String::new() };
-        let size = ends.size;
-        let streams = vm.guarded(Streams::connect(agent.vsock(), &process, ends)).await?;
-        fault::point(Step::Streams)?;
-        if let (true, Some((columns, rows))) = (terminal, size) {
-            vm.guarded(agent.resize(&process, columns, rows)).await?;
-        }
-        vm.guarded(agent.start(&process)).await.map_err(|error| program_error(&vm, error))?;
-        vm.base.timeline.mark(timing::CONTAINER_STARTED);
-        fault::point(Step::StartContainer)?;
-        if let Some(registration) = &mut vm.host.registration {
-            registration.update(|record| record.phase = Phase::Running)?;
-            if vm.base.settings.keep {
-                registration.stay();
-            }
-        }
-        vm.control.employ(vm.operator(&agent, &process.container)?);
-        Ok(Running::new(process, agent, streams, vm))
-    }
-}
-
-/// Names the program in an error that is about it.
-fn program_error(vm: &VmUp, error: SandboxError) -> SandboxError {
-    match error {
-        SandboxError::Agent(source) if source.is_not_found() || source.is_not_executable() => {
-            let program = vm.base.plan.config.process.arguments.first();
-            SandboxError::Program { program: program.cloned().unwrap_or_default(), source }
-        }
-        error => error,
-    }
 }

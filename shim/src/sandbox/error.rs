@@ -10,7 +10,7 @@ use crate::{
     cgroup::CgroupError,
     child::End,
     fault::Injected,
-    network::NetworkError,
+    network::{NetworkError, namespace::NamespaceError},
     passthrough::PassthroughError,
     registry::RegistryError,
     streams::StreamError,
@@ -26,6 +26,9 @@ pub enum SandboxError {
     /// The host gives no network.
     #[error("network")]
     Network(#[from] NetworkError),
+    /// The pod's network namespace can't be used.
+    #[error("network")]
+    Namespace(#[from] NamespaceError),
     /// The host gives no cgroup.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
@@ -92,6 +95,9 @@ pub enum SandboxError {
     /// A test wants it.
     #[error(transparent)]
     Injected(#[from] Injected),
+    /// The plan has no container.
+    #[error("there is no container to start")]
+    NoContainer,
     /// The specification can't be sent.
     #[error("the runtime specification can't be written as JSON")]
     Spec(#[source] serde_json::Error),
@@ -128,7 +134,7 @@ impl SandboxError {
     pub fn exit(&self) -> RunExit {
         match self {
             Self::Registry(error) => error.exit(),
-            Self::Network(_) => RunExit::Network,
+            Self::Network(_) | Self::Namespace(_) => RunExit::Network,
             Self::Cgroup(_) => RunExit::Limits,
             Self::Passthrough(_) => RunExit::Device,
             Self::Backend(BackendError::Child(error)) | Self::Vmm(VmmError::Child(error))

@@ -1,14 +1,22 @@
 //! What the host has for a sandbox beside its processes.
 
+use std::{collections::BTreeMap, path::Path};
+
+use nacre_proto::agent::Interface;
 use vfio::{HostAddress, Opened};
 
 use crate::{
     cgroup::{self, Cgroup},
     error_chain,
     fault::{self, Step},
-    network::{self, Network, NetworkError},
+    network::{
+        self, Network, NetworkError, Nic,
+        address::Pair,
+        namespace::{Found, Namespace},
+    },
     passthrough::{self, Function, Host, PassthroughError, binding},
-    plan::SandboxPlan,
+    plan::{self, NetworkConfig, SandboxPlan},
+    record::JoinedRecord,
     registry::{Registration, RegistryError},
     sandbox::SandboxError,
 };
@@ -20,7 +28,10 @@ const FIRST_NIC: &str = "net";
 #[derive(Debug)]
 pub struct HostResources {
     pub(super) cgroup: Option<Cgroup>,
-    pub(super) network: Option<Network>,
+    /// The addresses of the sandbox's own network.
+    pub(super) pair: Option<Pair>,
+    /// What the guest's first nics are served with, by their ids.
+    pub(super) nics: BTreeMap<String, Nic>,
     // Only `keep` takes it.
     pub(super) registration: Option<Registration>,
 }
@@ -31,18 +42,45 @@ impl HostResources {
         plan: &SandboxPlan,
         registration: Registration,
     ) -> Result<Self, SandboxError> {
-        let mut resources = Self { cgroup: None, network: None, registration: Some(registration) };
+        let (cgroup, pair, nics) = (None, None, BTreeMap::new());
+        let mut resources = Self { cgroup, pair, nics, registration: Some(registration) };
         fault::point(Step::Claim)?;
-        if plan.config.network
-            && let Some(registration) = &mut resources.registration
-        {
-            resources.network = Some(network::create(registration, None)?);
+        match &plan.config.network {
+            NetworkConfig::None => {}
+            NetworkConfig::Own => {
+                let Network { pair, nic } = resources.make_first_network()?;
+                resources.pair = Some(pair);
+                resources.nics.insert(FIRST_NIC.to_owned(), nic);
+            }
+            NetworkConfig::Namespace { path, found } => resources.join(path, found)?,
         }
         fault::point(Step::Network)?;
         resources.limit(plan)?;
         fault::point(Step::Cgroup)?;
         resources.take_devices(plan)?;
         Ok(resources)
+    }
+
+    fn make_first_network(&mut self) -> Result<Network, NetworkError> {
+        let registration = self.registration.as_mut().ok_or(NetworkError::Unregistered)?;
+        network::create(registration, None)
+    }
+
+    /// Has the interfaces of a pod's namespace lead to the guest.
+    fn join(&mut self, path: &Path, found: &Found) -> Result<(), SandboxError> {
+        let namespace = Namespace::open(path)?;
+        let registration = self.registration.as_mut().ok_or(NetworkError::Unregistered)?;
+        let record = |interface: &Interface| JoinedRecord {
+            netns: path.to_owned(),
+            interface: interface.name.clone(),
+        };
+        let records = found.interfaces.iter().map(record).collect();
+        registration.update(|written| written.joined = records)?;
+        for (index, interface) in found.interfaces.iter().enumerate() {
+            let nic = Nic::with_mac(namespace.connect(interface)?, &interface.mac)?;
+            self.nics.insert(plan::nic_id(index), nic);
+        }
+        Ok(())
     }
 
     /// Makes a network for a device that the sandbox is given while it runs.
@@ -55,7 +93,7 @@ impl HostResources {
     pub(super) fn end_network(&mut self, device: &str) {
         let Some(registration) = &mut self.registration else { return };
         if device == FIRST_NIC {
-            drop(self.network.take());
+            (self.pair, self.nics) = (None, BTreeMap::new());
             registration.release_first_network();
         }
         registration.release_network(device);
@@ -157,10 +195,11 @@ impl HostResources {
 
     fn take_down(&mut self) {
         drop(self.cgroup.take());
-        drop(self.network.take());
+        self.nics.clear();
         self.give_back_devices();
         if let Some(registration) = &mut self.registration {
             registration.release_networks();
+            registration.leave_namespace();
         }
     }
 }

@@ -16,10 +16,12 @@
 
 mod change;
 mod connect;
+mod container;
 mod control;
 mod create;
 mod error;
 mod functions;
+mod held;
 mod host;
 mod run;
 mod shutdown;
@@ -33,6 +35,7 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use create::{AgentUp, BackendsUp, Claimed, Planned, VmUp};
 pub use error::SandboxError;
+pub(crate) use held::{Held, Ways};
 pub use host::HostResources;
 pub use run::Running;
 pub use stop::{StopError, remove, stop};

@@ -14,7 +14,7 @@ use tokio::{
 use crate::{
     agent::{Agent, AgentError, ProcessId},
     child::End,
-    plan::SandboxPlan,
+    plan::{Contents, SandboxPlan},
     sandbox::{Request, SandboxError, create::VmUp, run::a_signal},
 };
 
@@ -63,12 +63,28 @@ pub(super) async fn in_order(
     false
 }
 
+/// The same for a guest whose containers have ended.
+pub(super) async fn of_pod(vm: &mut VmUp, agent: &Agent, patience: Duration) {
+    let reason = tokio::select! {
+        biased;
+        ended = written_back(agent, patience) => ended.err().map(|error| error.to_string()),
+        death = vm.death() => Some(death.to_string()),
+    };
+    match reason {
+        None => power_off(vm).await,
+        Some(reason) => log::warn!(
+            "the guest did not write everything back, so what its containers wrote may be lost: \
+             {reason}"
+        ),
+    }
+}
+
 /// Whether the container could write what is there after the guest.
 fn outlives_guest(plan: &SandboxPlan) -> bool {
-    let config = &plan.config;
-    config.writable_rootfs
-        || config.disks.iter().any(|disk| !disk.read_only)
-        || config.volumes.iter().any(|volume| !volume.read_only)
+    let Contents::Container(container) = &plan.config.contents else { return true };
+    container.writable_rootfs
+        || container.disks.iter().any(|disk| !disk.read_only)
+        || container.volumes.iter().any(|volume| !volume.read_only)
 }
 
 /// Why a guest did not write back what it had.

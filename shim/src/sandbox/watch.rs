@@ -124,7 +124,7 @@ impl VmUp {
         self.vmm_end(end).await
     }
 
-    async fn vmm_end(&self, end: End) -> SandboxError {
+    async fn vmm_end(&mut self, end: End) -> SandboxError {
         self.vmm.console_ended(LAST_WORDS).await;
         SandboxError::VmmEnded {
             end,
@@ -134,7 +134,7 @@ impl VmUp {
         }
     }
 
-    async fn backend_ended(&self, error: BackendError) -> SandboxError {
+    async fn backend_ended(&mut self, error: BackendError) -> SandboxError {
         // A backend whose connection is over ends in order: then it was the VMM that went first.
         if error.end() == Some(End::Code(0))
             && let Some(end) = self.vmm.child().ended_within(EXPLANATION).await

@@ -98,7 +98,7 @@ fn exec_id() -> Result<String, Failure> {
 
 /// The process object, of which only what was asked for is not inherited.
 fn object(config: &ProcessConfig, args: &Exec, record: &Record) -> Result<Vec<u8>, Failure> {
-    let facts = HostFacts::gather(&record.rootfs)?;
+    let facts = HostFacts::gather(Some(&record.rootfs))?;
     let hostname: &SandboxName = &record.name;
     let mut object = process::object(config, hostname.as_str(), &facts.passwd, &facts.group)?;
     if let Some(object) = object.as_object_mut() {

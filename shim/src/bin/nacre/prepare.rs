@@ -2,6 +2,7 @@
 //! image unpacked.
 
 use std::{
+    collections::BTreeMap,
     env, io,
     path::{self, Path, PathBuf},
 };
@@ -13,8 +14,8 @@ use shim::{
     passthrough::Function,
     paths,
     plan::{
-        ContainerLimits, Disk, SandboxConfig, SandboxPlan, Volume, inputs, inputs::HostFacts,
-        process::ProcessConfig,
+        ContainerConfig, ContainerLimits, Contents, Disk, NetworkConfig, SandboxConfig,
+        SandboxPlan, Volume, inputs, inputs::HostFacts, process::ProcessConfig,
     },
     registry::Registry,
 };
@@ -99,25 +100,29 @@ impl Request {
         let run = &self.run;
         let mut process = ProcessConfig::from_image(&image, run.command.clone());
         apply(&run.process, &mut process);
+        let container = ContainerConfig {
+            rootfs: rootfs.clone(),
+            writable_rootfs: run.writable_rootfs,
+            volumes: self.volumes.clone(),
+            disks: self.disks.clone(),
+            process,
+            limits: ContainerLimits { memory: run.memory_limit, pids: run.pids_limit },
+        };
         let config = SandboxConfig {
             name: self.name.clone(),
             kernel: run.kernel.clone(),
             initramfs: run.initramfs.clone(),
             kernel_arguments: run.kernel_args.clone(),
             verbose_kernel: verbose,
-            rootfs,
-            writable_rootfs: run.writable_rootfs,
             cpus: run.cpus,
             max_cpus: run.max_cpus,
             memory: run.memory,
             max_memory: run.max_memory,
-            volumes: self.volumes.clone(),
-            disks: self.disks.clone(),
             passthrough: self.passthrough.clone(),
-            network: run.net,
+            network: if run.net { NetworkConfig::Own } else { NetworkConfig::None },
             hostname: run.hostname.clone(),
-            process,
-            limits: ContainerLimits { memory: run.memory_limit, pids: run.pids_limit },
+            sysctls: BTreeMap::new(),
+            contents: Contents::Container(Box::new(container)),
             host_limits: HostLimits {
                 memory: run.host_memory_limit,
                 pids: run.host_pids_limit,
@@ -125,7 +130,7 @@ impl Request {
             },
         };
         inputs::check(&config)?;
-        let facts = HostFacts::gather(&config.rootfs)?;
+        let facts = HostFacts::gather(Some(&rootfs))?;
         Ok(SandboxPlan::new(config, &facts)?)
     }
 }

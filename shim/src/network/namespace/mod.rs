@@ -26,10 +26,12 @@ use nacre_proto::agent::{Interface, Neighbor, Route};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::{
+    error_chain,
     network::{
         NetworkError,
         firewall::{ask, run},
     },
+    record::JoinedRecord,
     sys,
 };
 pub use read::ReadError;
@@ -188,6 +190,15 @@ impl Namespace {
     /// Not the path, at which there may be something else by now.
     fn argument(&self) -> String {
         format!("--net=/proc/{}/fd/{}", process::id(), self.file.as_raw_fd())
+    }
+}
+
+/// Gives a recorded interface back. It is no error if its namespace is gone: all went with it.
+pub(crate) fn leave(record: &JoinedRecord) {
+    let left = Namespace::open(&record.netns)
+        .and_then(|namespace| namespace.disconnect(&record.interface));
+    if let Err(error) = left {
+        log::debug!("{} is not given back: {}", record.interface, error_chain(&error));
     }
 }
 

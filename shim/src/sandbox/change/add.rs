@@ -53,7 +53,7 @@ impl Operator {
     }
 
     /// Puts the device on the guest's bus and has it kept.
-    async fn bring(&self, device: &DevicePlan) -> Result<(PciAddress, Purpose), Why> {
+    pub(super) async fn bring(&self, device: &DevicePlan) -> Result<(PciAddress, Purpose), Why> {
         let network = match device {
             DevicePlan::Network { id, .. } => Some(self.network(id).await?),
             _ => None,
@@ -65,7 +65,8 @@ impl Operator {
             _ => purpose(device)?,
         };
         let surroundings = self.surroundings.clone();
-        let started = Backend::start(device, surroundings, network.as_ref());
+        let started =
+            Backend::start(device, surroundings, network.as_ref().map(|network| &network.nic));
         let (mut backend, end) = started.map_err(|error| error_chain(&error))?;
         backend.ready().await.map_err(|error| error_chain(&error))?;
         let VmmEnd { id, config, socket, .. } = end;
@@ -127,7 +128,7 @@ impl Operator {
 }
 
 /// What the device will be, if it can be.
-fn planned(new: NewDevice, taken: impl Fn(&str) -> bool) -> Result<DevicePlan, Why> {
+pub(super) fn planned(new: NewDevice, taken: impl Fn(&str) -> bool) -> Result<DevicePlan, Why> {
     let free = |name: &dyn Fn(usize) -> String| {
         let mut names = (0..MOST_OF_A_KIND).map(name);
         names.find(|name| !taken(name)).ok_or_else(|| "there are too many of its kind".to_owned())
@@ -144,7 +145,7 @@ fn planned(new: NewDevice, taken: impl Fn(&str) -> bool) -> Result<DevicePlan, W
             let place = Some(place(guest)?);
             inputs::volume(&path).map_err(|error| error_chain(&error))?;
             let tag = free(&|index| format!("volume-{index}"))?;
-            Ok(DevicePlan::Share { tag, path, read_only, place })
+            Ok(DevicePlan::Share { tag, path, read_only, place, submounts: false })
         }
         NewDevice::Network => (0..MOST_OF_A_KIND)
             .map(DevicePlan::nic)

@@ -9,6 +9,7 @@ mod add;
 mod function;
 mod remove;
 mod resize;
+mod turn;
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -72,11 +73,12 @@ pub(super) enum Errand {
 }
 
 /// Whoever makes the changes.
-pub(super) struct Operator {
+pub(crate) struct Operator {
     pub(super) link: Link,
     pub(super) agent: Agent,
     pub(super) surroundings: Surroundings,
     pub(super) roster: Roster,
+    /// The container that devices are for; empty: each has its own.
     pub(super) container: String,
     pub(super) errands: mpsc::Sender<Errand>,
     /// The host's devices that the guest has, by their ids. Held while there is a change under
@@ -90,6 +92,11 @@ type Why = String;
 impl Operator {
     /// Makes a change, to its end or back.
     pub(super) async fn carry_out(&self, change: Change) -> Answer {
+        // A device that is one container's comes with that container.
+        let is_device = matches!(&change, Change::Add(_) | Change::Remove(_));
+        if is_device && self.container.is_empty() {
+            return Answer::Refused("a pod's devices come and go with its containers".to_owned());
+        }
         let Ok(mut functions) = self.functions.try_lock() else {
             return Answer::Refused("another change is being made: try again later".to_owned());
         };

@@ -186,7 +186,7 @@ async fn let_go(
     }
 }
 
-fn resources(status: &Status) -> Resources {
+pub(super) fn resources(status: &Status) -> Resources {
     Resources {
         cpus: status.cpus,
         max_cpus: status.max_cpus,
