@@ -23,7 +23,7 @@ const CRATE_GRAPH: &[(&str, &[&str])] = &[
     ("backend-vsock", &["backend-daemon", "nacre-proto"]),
     ("shim", &["nacre-proto", "vfio"]),
     ("nacre-agent", &["nacre-proto"]),
-    ("nacre-tests", &["nacre-proto", "vfio"]),
+    ("nacre-tests", &["nacre-proto", "shim", "vfio"]),
     ("xtask", &[]),
 ];
 

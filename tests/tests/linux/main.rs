@@ -14,6 +14,7 @@ mod lifecycle;
 mod limits;
 mod machine;
 mod network;
+mod pod;
 mod resize;
 mod restart;
 mod restart_fs;
