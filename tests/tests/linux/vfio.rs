@@ -187,11 +187,16 @@ fn writer(user: &User, nvme: &Function) -> Result<Attached> {
 }
 
 #[test]
-fn a_vmm_that_is_killed_leaves_the_device_to_the_host() -> Result<()> {
+fn a_device_is_refused_to_another_sandbox_and_a_vmm_that_is_killed_leaves_it_to_the_host()
+-> Result<()> {
     let Some(nvme) = named("nvme") else { return Ok(()) };
     let user = User::new()?;
     let before = Leftovers::now(user.state())?;
     let mut running = writer(&user, &nvme)?;
+    let bound = nvme.bound();
+    let answer = user.run(&options(&["--device", &bound]), &["true"])?;
+    refused(answer, "is in use by another process")?;
+    ensure!(running.process().is_running()?, "the first one ended");
     kill_child_of(running.process().id(), "nacre-vmm")?;
     running.wait()?.code(i32::from(u8::from(RunExit::VmmDied)))?;
     before.and_nothing_more(user.state())?;
@@ -248,20 +253,6 @@ fn what_can_t_be_given_is_refused_with_the_reason_and_stays_as_it_was() -> Resul
     refused(in_use?, "is swap")?;
     ensure!(nvme.driver().as_deref() == Some("nvme"), "{:?}", nvme.driver());
     before.and_nothing_more(user.state())
-}
-
-#[test]
-fn a_device_that_a_sandbox_has_is_refused_to_another() -> Result<()> {
-    let Some(nvme) = named("nvme") else { return Ok(()) };
-    let user = User::new()?;
-    let mut running = writer(&user, &nvme)?;
-    let bound = nvme.bound();
-    let answer = user.run(&options(&["--device", &bound]), &["true"])?;
-    refused(answer, "is in use by another process")?;
-    ensure!(running.process().is_running()?, "the first one ended");
-    user.nacre(&["rm", "-f", "writer"])?.code(0)?;
-    running.wait()?;
-    is_the_hosts_disk_again(&nvme, "1234\n")
 }
 
 #[test]

@@ -49,17 +49,26 @@ done
 
 /// What `md5sum` says in the guest of the disk that the host has now; the disk is then VFIO's.
 fn taken_from_host(nvme: &Function) -> Result<String> {
+    taken_from_host_of(nvme, 1)
+}
+
+/// The same of so many MiB of it.
+fn taken_from_host_of(nvme: &Function, mib: u32) -> Result<String> {
     if nvme.driver().as_deref() != Some(NVME) {
         nvme.give_to(NVME)?;
     }
-    let sum = host_sum(nvme)?;
+    let sum = host_sum_of(nvme, mib)?;
     nvme.give_to(VFIO)?;
     Ok(sum)
 }
 
 fn host_sum(nvme: &Function) -> Result<String> {
+    host_sum_of(nvme, 1)
+}
+
+fn host_sum_of(nvme: &Function, mib: u32) -> Result<String> {
     let disk = nvme.disk()?;
-    let script = format!("dd if={} bs=1M count=1 2>/dev/null | md5sum", disk.display());
+    let script = format!("dd if={} bs=1M count={mib} 2>/dev/null | md5sum", disk.display());
     let output = std::process::Command::new("sh").args(["-c", &script]).output()?;
     Ok(String::from_utf8(output.stdout)?.split_whitespace().collect::<Vec<_>>().join(" "))
 }
@@ -157,10 +166,19 @@ fn is_bus_master(nvme: &Function) -> Result<bool> {
 }
 
 #[test]
-fn a_vmm_that_is_killed_leaves_a_device_that_is_reset_and_free() -> Result<()> {
+fn the_host_gets_a_disk_back_when_it_wants_it_and_free_when_the_vmm_is_killed() -> Result<()> {
     let Some(nvme) = named(NVME) else { return Ok(()) };
     taken_from_host(&nvme)?;
     let (_share, mut control, mut running) = watching()?;
+    add(&mut control, &nvme)?;
+    running.until("FOUND ")?;
+    let (unbind, address) = (nvme.folder().join("driver/unbind"), nvme.address.clone());
+    // It returns when nobody has the device any more.
+    let unbound = thread::spawn(move || fs::write(unbind, address));
+    removed(&mut control)?;
+    running.until("GONE")?;
+    unbound.join().ok().context("the thread panicked")??;
+    nvme.give_to(VFIO)?;
     add(&mut control, &nvme)?;
     running.until("INTERRUPTS")?;
     ensure!(is_bus_master(&nvme)?, "the guest's driver is at work");
@@ -178,43 +196,69 @@ fn a_vmm_that_is_killed_leaves_a_device_that_is_reset_and_free() -> Result<()> {
     nvme.give_to(NVME)
 }
 
-#[test]
-fn the_host_gets_a_disk_back_when_it_wants_it() -> Result<()> {
-    let Some(nvme) = named(NVME) else { return Ok(()) };
-    taken_from_host(&nvme)?;
-    let (_share, mut control, mut running) = watching()?;
-    add(&mut control, &nvme)?;
-    running.until("FOUND ")?;
-    let (unbind, address) = (nvme.folder().join("driver/unbind"), nvme.address.clone());
-    // It returns when nobody has the device any more.
-    let unbound = thread::spawn(move || fs::write(unbind, address));
-    removed(&mut control)?;
-    running.until("GONE")?;
-    unbound.join().ok().context("the thread panicked")??;
-    ensure!(control.ask(Command::Stop, None)? == Outcome::Done);
-    running.wait()?;
-    nvme.give_to(NVME)
+/// Reads 32 MiB of the disk at once, `look`s where in the guest's memory they went, and says of how many
+/// pages how many lie at 4 GiB or above, and the sum of what is in them. The program that read them
+/// waits meanwhile: nobody takes them from it.
+const READER: &str = r#"
+echo online_movable > /sys/devices/system/memory/auto_online_blocks
+total() { awk '/MemTotal/ { print $2 }' /proc/meminfo; }
+buffer() {
+    while IFS=' -' read -r start end rest; do
+        test $((0x$end - 0x$start)) -ge 33554432 && echo $((0x$start / 4096)) && return
+    done < /proc/$1/maps
+}
+# An entry for each page (linux Documentation/admin-guide/mm/pagemap.rst): its number is in bits 0 to 54.
+look() {
+    dd if=/proc/$1/pagemap bs=8 skip=$(buffer $1) count=8192 2>/dev/null | od -An -v -t x8 |
+        awk '{ for (i = 1; i <= NF; i++) { n++; high += substr($i, 4, 8) != "00000000" } }
+            END { print high + 0, "of", n + 0 }'
+}
+reads() {
+    dd if=/dev/nvme0n1 of=/pipe bs=32M count=1 iflag=direct 2>/dev/null &
+    dd bs=1 count=1 of=/byte <&4 2>/dev/null
+    pages=$(look $!)
+    echo $1 $pages $({ cat /byte; head -c 33554431 <&4; } | md5sum)
+    wait
+}
+mkfifo /pipe; exec 4<>/pipe
+echo READY; until test -e /dev/nvme0n1; do sleep 0.05; done; echo FOUND
+until test $(total) -gt 600000; do sleep 0.05; done
+reads ADDED
+until test $(total) -lt 300000; do sleep 0.05; done
+reads REMOVED
+"#;
+
+/// How much of its memory a process holds in place.
+fn locked_kib(running: &mut Running) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{}/status", running.process().id()))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmLck:")).context("VmLck")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
 
 #[test]
-fn a_disk_of_the_hosts_writes_to_memory_that_was_added_after_it() -> Result<()> {
+fn a_disk_of_the_hosts_writes_to_memory_that_came_after_it_and_goes_on_when_that_went() -> Result<()>
+{
+    const BEFORE: u64 = 256 << 20;
+    const WITH_MORE: u64 = 768 << 20;
     let Some(nvme) = named(NVME) else { return Ok(()) };
-    taken_from_host(&nvme)?;
-    // More than the guest began with, so some of it is in what was added.
-    let script = "echo READY; until test -e /dev/nvme0n1; do sleep 0.05; done; echo FOUND
-        until test $(awk '/MemTotal/ { print $2 }' /proc/meminfo) -gt 600000; do sleep 0.05; done
-        mkdir /t; mount -t tmpfs -o size=600m t /t
-        for i in 1 2 3 4 5; do dd if=/dev/nvme0n1 of=/t/$i bs=1M count=64 iflag=direct 2>/dev/null; done
-        first=$(dd if=/dev/nvme0n1 bs=1M count=64 iflag=direct 2>/dev/null | md5sum | cut -d' ' -f1)
-        echo EQUAL $(md5sum /t/* | grep -c $first)\n";
+    let expected = taken_from_host_of(&nvme, 32)?;
     let (mut control, theirs) = Control::new()?;
-    let guest = guest(script)?;
+    let guest = guest(READER)?;
     let mut running = guest.machine.with(&["--max-memory", "768M"]).control(theirs).start()?;
     running.until("READY")?;
     add(&mut control, &nvme)?;
     running.until("FOUND")?;
-    control.set_memory(768 << 20)?;
-    ensure!(running.until("EQUAL ")? == "5", "a copy differs");
+    control.set_memory(WITH_MORE)?;
+    // What the guest began with ends at 256 MiB, and what came begins at 4 GiB.
+    let said = running.until("ADDED ")?;
+    let (high, rest) = said.split_once(' ').context("a number of pages")?;
+    ensure!(rest == format!("of 8192 {expected}"), "{said} and not {expected}");
+    ensure!(high.parse::<u64>()? > 8000, "the disk wrote elsewhere: {said}");
+    ensure!(locked_kib(&mut running)? >= WITH_MORE >> 10, "what came is not pinned");
+    control.set_memory(BEFORE)?;
+    while control.memory_changed()? != BEFORE {}
+    ensure!(running.until("REMOVED ")? == format!("0 of 8192 {expected}"), "after it went");
+    ensure!(locked_kib(&mut running)? < (BEFORE >> 10) + 1024, "what went is still pinned");
     ensure!(running.wait_for(SANDBOX_PATIENCE)?.ended(VmmExit::PowerOff));
     nvme.give_to(NVME)
 }
