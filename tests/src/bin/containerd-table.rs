@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use nacre_tests::containerd::cases::{ALL, Case, SMOKE};
+use nacre_tests::containerd::pods;
 use nacre_tests::containerd::table::{self, Answers};
 use nacre_tests::containerd::traces::Traces;
 use nacre_tests::containerd::{Containerd, Release, Runtime};
@@ -33,6 +34,10 @@ fn main() -> Result<ExitCode> {
     {
         let (part, answers) = ask(release, cases, &runtimes)?;
         text.push_str(&part);
+        for line in answers.iter().flat_map(Answers::unanswered) {
+            eprintln!("{line}");
+            alike = false;
+        }
         for error in answers.iter().filter_map(|answers| answers.agree().err()) {
             eprintln!("{error:#}");
             alike = false;
@@ -56,7 +61,8 @@ fn ask(release: Release, cases: &[Case], runtimes: &[Runtime]) -> Result<(String
     eprintln!("containerd {version}");
     let folder = daemon.path("");
     let before = Traces::now(&folder)?;
-    let answers = table::run(&daemon, cases, runtimes)?;
+    let mut answers = table::run(&daemon, cases, runtimes)?;
+    answers.push(pods::ask(&daemon, runtimes)?);
     before.and_nothing_more(&folder)?;
     daemon.stop()?;
     Ok((table::markdown(&version, &answers), answers))

@@ -57,7 +57,6 @@ pub const SMOKE: &[Case] = &[
             "await STOPPED",
             "task delete {id}",
             "container delete {id}",
-            "container ls -q",
         ],
     ),
 ];
@@ -77,7 +76,7 @@ pub const ALL: &[Case] = &[
     ),
     case(
         "a program that is not there",
-        &["run {image} {id} no-such-program", "task ls -q", "container delete {id}"],
+        &["run {image} {id} no-such-program", "container delete {id}"],
     ),
     case(
         "the process as it was asked for",
@@ -115,6 +114,7 @@ pub const ALL: &[Case] = &[
             "await STOPPED",
             "task delete {id}",
             "task kill {id}",
+            "container delete {id}",
         ],
     ),
     case(
@@ -130,11 +130,17 @@ pub const ALL: &[Case] = &[
             "task exec --exec-id one --cwd /tmp --user 1:1 {id} sh -c 'pwd; id'",
             "task delete {id}",
             "task delete --force {id}",
+            "container delete {id}",
         ],
     ),
     Case {
         name: "measurements",
-        lines: &["run -d {image} {id} sleep 1000", "task metrics {id}", "task delete -f {id}"],
+        lines: &[
+            "run -d {image} {id} sleep 1000",
+            "task metrics {id}",
+            "task delete -f {id}",
+            "container delete {id}",
+        ],
         keep: Keep::FirstWords,
     },
 ];

@@ -5,6 +5,9 @@
 //! shims have their sockets and pipes whichever daemon they belong to.
 
 pub mod cases;
+pub mod cri;
+mod grpc;
+pub mod pods;
 pub mod table;
 pub mod traces;
 

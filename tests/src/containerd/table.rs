@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -14,6 +14,9 @@ use super::cases::{Case, Keep};
 use super::{BUSYBOX, Containerd, Runtime};
 use crate::nacre::{Answer, SANDBOX_PATIENCE};
 use crate::process::{PATIENCE, Process};
+
+/// Each look at a task's state costs its host a process.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// How much of an output is shown.
 const SHOWN_CHARS: usize = 600;
@@ -46,23 +49,38 @@ pub fn run(daemon: &Containerd, cases: &[Case], runtimes: &[Runtime]) -> Result<
     for (number, case) in cases.iter().enumerate() {
         let mut by_runtime = Vec::new();
         for &runtime in runtimes {
-            // The same for each runtime, as it is part of what is printed.
-            let id = format!("case-{number}");
+            let id = format!("{}-{number}", runtime.name());
             let told: Result<Vec<_>> = case
                 .lines
                 .iter()
                 .map(|line| ask(daemon, line, &id, (runtime, case.keep)))
                 .collect();
-            clear(daemon, &id)?;
             let told = told.with_context(|| format!("{} by {}", case.name, runtime.name()))?;
             by_runtime.push((runtime, told));
         }
         all.push(Answers { case: *case, by_runtime });
     }
+    clear(daemon)?;
     Ok(all)
 }
 
 impl Answers {
+    /// What was not answered at all, with the reasons.
+    #[must_use]
+    pub fn unanswered(&self) -> Vec<String> {
+        let all = self.by_runtime.iter().flat_map(|(runtime, told)| {
+            let lines = self.case.lines.iter().zip(told).filter(|(_, told)| told.code.is_none());
+            lines.map(|(line, told)| format!("{}: {line}: {}", runtime.name(), told.said))
+        });
+        all.collect()
+    }
+
+    /// Answers that were had in another way than by `ctr`.
+    #[must_use]
+    pub fn of(case: Case, by_runtime: Vec<(Runtime, Vec<Told>)>) -> Self {
+        Self { case, by_runtime }
+    }
+
     /// Every runtime answered as the first one did.
     ///
     /// # Errors
@@ -71,6 +89,7 @@ impl Answers {
     pub fn agree(&self) -> Result<()> {
         let Some(((_, reference), others)) = self.by_runtime.split_first() else { return Ok(()) };
         for (runtime, told) in others {
+            ensure!(told.len() == reference.len(), "{}: answers are missing", self.case.name);
             for ((line, theirs), ours) in self.case.lines.iter().zip(reference).zip(told) {
                 ensure!(
                     (theirs.code, &theirs.out) == (ours.code, &ours.out),
@@ -106,7 +125,7 @@ pub fn markdown(version: &str, answers: &[Answers]) -> String {
 }
 
 fn answer_cell(told: &Told) -> String {
-    let code = told.code.map_or_else(|| "by a signal".to_owned(), |code| code.to_string());
+    let code = told.code.map_or_else(|| "no answer".to_owned(), |code| code.to_string());
     let mut shown: String = told.out.chars().take(SHOWN_CHARS).collect();
     if shown.len() < told.out.len() {
         shown = format!("{} bytes", told.out.len());
@@ -136,7 +155,7 @@ fn ask(daemon: &Containerd, line: &str, id: &str, how: (Runtime, Keep)) -> Resul
     let command = daemon.ctr_command(&args);
     let mut command = if terminal { in_terminal(&command) } else { command };
     let answer = feed(&mut command, (!terminal).then_some(input))?;
-    Ok(Told { code: answer.code, out: keep.of(&answer.out), said: answer.said })
+    Ok(Told { code: answer.code, out: keep.of(&answer.out).replace(id, "{id}"), said: answer.said })
 }
 
 /// The command with a terminal of 31 lines and 101 columns, by script(1).
@@ -189,6 +208,7 @@ fn await_state(daemon: &Containerd, id: &str, state: &str) -> Result<Told> {
     let mut seen = None;
     while seen.as_deref() != Some(state) && Instant::now() < deadline {
         last = daemon.ctr(&["task", "ls"])?.code(0)?;
+        thread::sleep(LOOK_EVERY);
         let mut tasks = last.out.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
         let task = tasks.find(|task| task.first() == Some(&id));
         seen = task.and_then(|task| task.last().map(|&word| word.to_owned()));
@@ -197,10 +217,12 @@ fn await_state(daemon: &Containerd, id: &str, state: &str) -> Result<Told> {
     Ok(Told { code: last.code, out, said: last.said })
 }
 
-/// Takes away whatever a case left, as it may end anywhere.
-fn clear(daemon: &Containerd, id: &str) -> Result<()> {
-    daemon.ctr(&["task", "delete", "--force", id])?;
-    daemon.ctr(&["container", "delete", id])?;
+/// Takes away whatever cases left, as they may end anywhere.
+fn clear(daemon: &Containerd) -> Result<()> {
+    for id in daemon.ctr(&["container", "ls", "-q"])?.code(0)?.out.lines() {
+        daemon.ctr(&["task", "delete", "--force", id])?;
+        daemon.ctr(&["container", "delete", id])?.code(0)?;
+    }
     Ok(())
 }
 
