@@ -3,7 +3,7 @@
 
 use std::{
     io::{self, Error},
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
 };
 
 use libc::{c_int, c_long, sock_filter, sock_fprog};
@@ -103,6 +103,60 @@ pub(crate) fn let_kernel_reap() -> io::Result<()> {
     // SAFETY: no handler is installed: the signal is ignored from now on.
     let before = unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
     if before == libc::SIG_ERR { Err(Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The head of `union bpf_attr` for `BPF_PROG_LOAD` (linux/bpf.h).
+#[repr(C)]
+struct ProgramLoad {
+    program_type: u32,
+    instruction_count: u32,
+    instructions: u64,
+    license: u64,
+}
+
+/// The head of `union bpf_attr` for `BPF_PROG_ATTACH`.
+#[repr(C)]
+struct ProgramAttach {
+    target: u32,
+    program: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+/// Has the kernel ask `program` at each use of a device by a process of the control group, in the
+/// place of the program that it asked before.
+///
+/// # Errors
+///
+/// Fails if the kernel does not accept the program.
+pub(crate) fn attach_device_program(group: impl AsFd, program: &[u64]) -> io::Result<()> {
+    let count = u32::try_from(program.len()).map_err(Error::other)?;
+    let license = c"GPL";
+    let load = ProgramLoad {
+        program_type: 15,
+        instruction_count: count,
+        instructions: program.as_ptr().addr() as u64,
+        license: license.as_ptr().addr() as u64,
+    };
+    let load: *const ProgramLoad = &raw const load;
+    // SAFETY: the kernel reads as many bytes as it is told there are, `count` instructions of eight
+    // bytes and a text with its end, all of which outlive the call; it writes nothing.
+    let loaded = unsafe { libc::syscall(libc::SYS_bpf, 5, load, size_of::<ProgramLoad>()) };
+    checked(loaded)?;
+    let number = c_int::try_from(loaded).map_err(Error::other)?;
+    // SAFETY: the call returned a new descriptor, which nothing else owns.
+    let loaded = unsafe { OwnedFd::from_raw_fd(number) };
+    let attach = ProgramAttach {
+        target: group.as_fd().as_raw_fd().cast_unsigned(),
+        program: loaded.as_raw_fd().cast_unsigned(),
+        attach_type: 6,
+        flags: 0,
+    };
+    let attach: *const ProgramAttach = &raw const attach;
+    // SAFETY: both descriptors are open for the whole call, and the kernel reads as many bytes as it
+    // is told there are; it writes nothing.
+    let attached = unsafe { libc::syscall(libc::SYS_bpf, 8, attach, size_of::<ProgramAttach>()) };
+    checked(attached)
 }
 
 /// Installs a seccomp filter on the calling thread.

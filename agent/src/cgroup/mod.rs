@@ -4,9 +4,11 @@
 //! processes into them.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     num::ParseIntError,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -15,12 +17,16 @@ use rustix::process::Pid;
 use tokio::time::sleep;
 
 use crate::{
-    cgroup::limits::{Setting, Value},
+    cgroup::{
+        devices::Rule,
+        limits::{Setting, Value},
+    },
     ids::ContainerId,
     sys,
     text::chain,
 };
 
+pub(crate) mod devices;
 pub(crate) mod limits;
 mod stats;
 
@@ -127,13 +133,15 @@ fn protect_agent(agent: &Path) -> Result<(), CgroupError> {
 #[derive(Debug)]
 pub(crate) struct Cgroup {
     path: PathBuf,
+    /// Who may use which device; empty: the group has no say in it. Locked while the kernel is told.
+    devices: Mutex<Vec<Rule>>,
 }
 
 impl Cgroup {
     /// A folder that looks like a group.
     #[cfg(test)]
     pub(crate) fn of_tests(path: &Path) -> Self {
-        Self { path: path.to_path_buf() }
+        Self { path: path.to_path_buf(), devices: Mutex::default() }
     }
 
     /// The group's path as an OCI specification has it.
@@ -145,7 +153,34 @@ impl Cgroup {
     pub(crate) fn make(id: &ContainerId) -> Result<Self, CgroupError> {
         let path = Path::new(ROOT).join(CONTAINERS).join(id);
         make(&path)?;
-        Ok(Self { path })
+        Ok(Self { path, devices: Mutex::default() })
+    }
+
+    /// Lets the group use devices by these rules from now on; by none if there are none.
+    pub(crate) fn rule_devices(&self, rules: &[Rule]) -> Result<(), CgroupError> {
+        self.change_rules(|own| *own = rules.to_vec())
+    }
+
+    /// Lets the group use a disk that came later.
+    pub(crate) fn allow_disk(&self, (major, minor): (u32, u32)) -> Result<(), CgroupError> {
+        self.change_rules(|own| {
+            if !own.is_empty() {
+                own.extend(devices::of_disk(major, minor));
+            }
+        })
+    }
+
+    fn change_rules(&self, change: impl FnOnce(&mut Vec<Rule>)) -> Result<(), CgroupError> {
+        let mut own = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rules = own.clone();
+        change(&mut rules);
+        if !rules.is_empty() {
+            let group = File::open(&self.path).map_err(failed("open", &self.path))?;
+            sys::attach_device_program(&group, &devices::program(&rules))
+                .map_err(failed("rule the devices of", &self.path))?;
+        }
+        *own = rules;
+        Ok(())
     }
 
     /// Where the kernel counts what happened for want of memory.

@@ -124,6 +124,7 @@ impl Containers {
         }
         let cgroup = Arc::new(Cgroup::make(&new.id)?);
         cgroup.set(&amended.limits)?;
+        cgroup.rule_devices(&amended.devices)?;
         let events = Arc::clone(&self.events);
         let killings = Arc::new(Killings::new(new.id.clone(), Arc::clone(&cgroup), events));
         let watch = killings.watch().map_err(ContainerError::Watch)?;

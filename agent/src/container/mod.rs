@@ -328,6 +328,15 @@ impl Containers {
         live.ok_or_else(|| ContainerError::NotRunning(id.clone()))
     }
 
+    /// Lets a container use a disk that it is given while it runs.
+    pub(crate) fn allow_disk(
+        &self,
+        id: &ContainerId,
+        number: (u32, u32),
+    ) -> Result<(), ContainerError> {
+        Ok(self.container(id)?.cgroup.allow_disk(number)?)
+    }
+
     /// Refuses to create more, and gives the control groups and inits of those that are there.
     pub(crate) fn close(&self) -> Vec<(Arc<Cgroup>, Arc<Process>)> {
         let mut slots = self.slots();

@@ -12,7 +12,10 @@ use libcontainer::oci_spec::runtime::{
 use serde_json::Value;
 
 use crate::{
-    cgroup::limits::{self, LimitError, Setting},
+    cgroup::{
+        devices::{self, Rule},
+        limits::{self, LimitError, Setting},
+    },
     container::{capabilities, namespaces::Shared},
 };
 
@@ -69,6 +72,8 @@ pub(crate) struct Amended {
     pub(crate) spec: Spec,
     /// What its control group is to be told.
     pub(crate) limits: Vec<Setting>,
+    /// Who may use which device.
+    pub(crate) devices: Vec<Rule>,
     /// The host's `process` object, which added processes inherit from.
     pub(crate) process: Value,
     /// What the init is to have once its seccomp filter is installed, if that needs more.
@@ -97,6 +102,12 @@ pub(crate) fn amend(
     let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux"))?;
     amend_linux(&mut linux, cgroup, disks, shared)?;
     let limits = linux.resources().as_ref().map(limits::settings).transpose()?.unwrap_or_default();
+    let resources = linux.resources().as_ref();
+    let given = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+    let mut devices = devices::rules(given)?;
+    if !devices.is_empty() {
+        devices.extend(disks.iter().filter_map(|disk| devices::of_disk(disk.major, disk.minor)));
+    }
     linux.set_resources(None);
     let mut process = spec.process().clone().ok_or(SpecError::Missing("process"))?;
     let filtered = linux.seccomp().is_some();
@@ -104,7 +115,7 @@ pub(crate) fn amend(
     spec.set_linux(Some(linux));
     let capabilities_after = amend_process(&mut process, terminal, filtered)?;
     spec.set_process(Some(process));
-    Ok(Amended { spec, limits, process: process_value, capabilities_after })
+    Ok(Amended { spec, limits, devices, process: process_value, capabilities_after })
 }
 
 fn check_root(spec: &Spec) -> Result<(), SpecError> {

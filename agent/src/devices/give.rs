@@ -125,13 +125,14 @@ impl GiveError {
 /// Gives the device; answers what the container knows it by.
 pub(crate) async fn give(containers: &Containers, order: Order) -> Result<Vec<String>, GiveError> {
     let inside = inside(containers, &order)?;
-    let Order { address, purpose, .. } = order;
+    let Order { container, address, purpose } = order;
     match purpose {
         Use::Disk { path, read_only } => {
             let parts = found::appeared(address, &["block"], APPEAR_LIMIT).await?;
             let [Part { number: Some(number), .. }] = parts[..] else {
                 return Err(GiveError::Several(address));
             };
+            containers.allow_disk(&container, number)?;
             disk(inside, path, number, read_only).await.map(|path| vec![path])
         }
         Use::Share { storage, path } => {
@@ -139,7 +140,13 @@ pub(crate) async fn give(containers: &Containers, order: Order) -> Result<Vec<St
             share(inside, *storage, path).await.map(|path| vec![path])
         }
         Use::Interface { network, name } => interface(address, network, name).await,
-        Use::Function(request) => function(inside, address, request).await,
+        Use::Function(request) => {
+            let names = function(inside, address, request).await?;
+            for number in found::now(address).iter().filter_map(|part| part.number) {
+                containers.allow_disk(&container, number)?;
+            }
+            Ok(names)
+        }
     }
 }
 

@@ -11,6 +11,7 @@
 mod agent;
 mod configure;
 mod control;
+mod device_rules;
 mod exec;
 mod filter;
 mod forward;
