@@ -169,6 +169,8 @@ async fn a_shim_that_was_killed_is_replaced_at_the_same_place() {
     assert!(gone(pid));
     assert_eq!(address(&place.start("pod")), first);
     let pid = place.pid("pod");
+    // Once it serves, it is told.
+    client(&first).await.connect(limit(), &ConnectRequest::new()).await.unwrap();
     kill_process(pid, Signal::TERM).unwrap();
     assert!(gone(pid), "it ends when it is told to");
     assert!(!Path::new(first.strip_prefix("unix://").unwrap()).exists());

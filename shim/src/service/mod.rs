@@ -29,6 +29,7 @@ mod ledger;
 mod metrics;
 mod mounts;
 mod phase;
+mod pod_host;
 mod process;
 mod publisher;
 mod query;
@@ -52,6 +53,7 @@ use tokio::sync::watch;
 
 use guest::Host;
 use ledger::Ledger;
+pub use pod_host::PodHost;
 use process::End;
 use publisher::Publisher;
 
