@@ -6,6 +6,7 @@
 use crate::report::say;
 use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 use std::env;
 use std::fs::{self, File};
@@ -76,6 +77,21 @@ impl Cache {
         flock(&file, FlockOperation::LockExclusive)
             .with_context(|| format!("cannot lock {}", path.display()))?;
         Ok(file)
+    }
+
+    /// The lock of this name, as from [`Self::lock`], unless somebody has it.
+    ///
+    /// # Errors
+    /// The lock file cannot be made.
+    pub fn try_lock(&self, name: &str) -> Result<Option<File>> {
+        let path = self.root.join(format!("{name}.lock"));
+        let file =
+            File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(file)),
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
+        }
     }
 
     /// Returns the entry of this name; `make` makes it, at the path it is given, if it is missing.

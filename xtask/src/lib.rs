@@ -24,5 +24,6 @@ pub mod test;
 mod test_bare;
 mod test_command;
 mod test_linux;
+mod test_queue;
 pub mod tidy;
 pub mod tool;

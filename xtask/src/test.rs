@@ -1,6 +1,7 @@
 //! `cargo xtask test`: the layers of tests, each where it can run, and one closing line for all.
 
 use std::collections::BTreeSet;
+use std::fmt::{self, Display, Formatter};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,6 +14,9 @@ use serde_json::Value;
 use crate::packages::machine;
 use crate::report::{result, say};
 use crate::{test_bare, test_command, test_linux};
+
+/// How a line begins by which a test says that it can't run here.
+pub(crate) const SKIPPED: &str = "SKIPPED: ";
 
 /// A layer of tests, by what it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -47,6 +51,34 @@ impl Tally {
         }
     }
 
+    /// What one run came to, by its output and whether it ended well. One that failed without a failed
+    /// test counts as one failure.
+    pub(crate) fn of(output: &str, is_success: bool) -> Self {
+        let mut tally = Self::default();
+        for line in output.lines() {
+            tally.read(line);
+        }
+        for _skip in output.lines().filter(|line| line.starts_with(SKIPPED)) {
+            tally.skip();
+        }
+        tally.failed += u32::from(!is_success && tally.failed == 0);
+        tally
+    }
+
+    /// Whether nothing failed.
+    pub(crate) fn is_good(&self) -> bool {
+        self.failed == 0
+    }
+
+    /// How one test ended.
+    pub(crate) fn word(&self) -> &'static str {
+        match self {
+            Self { failed: 1.., .. } => "FAILED",
+            Self { passed: 1.., .. } => "ok",
+            Self { .. } => "skipped",
+        }
+    }
+
     /// A test that can't run here says so in one line and passes for the test program.
     fn skip(&mut self) {
         self.skipped += 1;
@@ -65,6 +97,13 @@ impl Tally {
         self.passed += count("passed").unwrap_or(0);
         self.failed += count("failed").unwrap_or(0);
         self.skipped += count("ignored").unwrap_or(0);
+    }
+}
+
+impl Display for Tally {
+    fn fmt(&self, out: &mut Formatter<'_>) -> fmt::Result {
+        let Self { passed, failed, skipped } = self;
+        write!(out, "{passed} passed, {failed} failed, {skipped} skipped")
     }
 }
 
@@ -105,9 +144,8 @@ pub fn run(root: &Path, arguments: &TestArguments) -> Result<bool> {
         let minutes = start.elapsed().as_secs_f64() / 60.0;
         say(&format!("layer {layer:?}: {minutes:.1} minutes"));
     }
-    let Tally { passed, failed, skipped } = tally;
-    result(&format!("{passed} passed, {failed} failed, {skipped} skipped"))?;
-    Ok(failed == 0 && all_ran)
+    result(&tally.to_string())?;
+    Ok(tally.is_good() && all_ran)
 }
 
 /// Runs one layer; the error is the reason why it can't run here.
@@ -182,7 +220,7 @@ pub(crate) fn count_tests(command: &mut Command, tally: &mut Tally) -> Result<()
     for line in BufReader::new(output).split(b'\n') {
         let mut line = line?;
         let text = String::from_utf8_lossy(&line).into_owned();
-        let is_skip = text.starts_with("SKIPPED: ");
+        let is_skip = text.starts_with(SKIPPED);
         skips += u32::from(is_skip);
         of_passing_tests |= text == "successes:";
         of_passing_tests &= !(text == "failures:" || text.starts_with("test result: "));

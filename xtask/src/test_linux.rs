@@ -2,8 +2,9 @@
 
 use std::env;
 use std::ffi::OsString;
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
@@ -11,14 +12,17 @@ use anyhow::{Context, Result, ensure};
 use crate::cache::Cache;
 use crate::guest_image::{GuestImage, busybox_rootfs};
 use crate::host::machine::has_room_for_two;
-use crate::host::{Host, devices};
+use crate::host::{Host, NAME_VARIABLE, devices};
 use crate::packages::containerd;
 use crate::packages::kernel::Kernel;
 use crate::packages::tree::Tree;
 use crate::programs::Programs;
-use crate::shell_image;
+use crate::report::{result, say};
 use crate::test::{Tally, build_bare_guest, build_test, count_tests};
+use crate::{shell_image, test_queue};
 
+/// A host of the tests' own that nobody takes down ends after so long with nothing to do.
+const IDLE_MAX_S: &str = "60";
 /// So many are done before a second host would be up.
 const FEW_TESTS: usize = 8;
 const QEMU: &str = "usr/bin/qemu-system-x86_64";
@@ -41,37 +45,73 @@ fn variables(cache: &Cache, programs: &Programs) -> Result<Vec<(&'static str, Pa
     ])
 }
 
-/// Builds everything and runs the Linux tests on the KVM host.
+/// Builds everything and runs the Linux tests on the KVM host, one at a time on each host there is: a
+/// test looks at all that there is on its host.
 pub(crate) fn run(root: &Path, filter: &[String], tally: &mut Tally) -> Result<()> {
     let cache = Cache::open()?;
     let programs = Programs::build()?;
     let test = build_test(root, "linux")?;
     let names = names(&test, filter)?;
-    // Of a test program that is given no name all tests would run.
-    let hosts = if names.is_empty() { 0 } else { hosts_at_once(names.len())? };
-    let mut commands = Vec::new();
-    for host in 0..hosts {
-        let mut command = host_command(&cache, &programs)?;
-        // One test at a time: it looks at all that there is on its host.
-        command.arg("--").arg(&test).args(["--test-threads=1", "--exact"]);
-        command.args(names.iter().skip(host).step_by(hosts));
-        commands.push(command);
-    }
-    let counted = thread::scope(|scope| {
-        let running: Vec<_> = commands
-            .iter_mut()
-            .map(|command| {
-                scope.spawn(|| {
-                    let mut tally = Tally::default();
-                    count_tests(command, &mut tally).map(|()| tally)
-                })
-            })
-            .collect();
-        running.into_iter().map(|host| host.join().expect("a count does not panic")).collect()
+    say(&Host::choose(&cache)?.describe());
+    let own = own_hosts(&cache, names.len())?;
+    let hosts: Result<Vec<OwnHost>> = thread::scope(|scope| {
+        let coming: Vec<_> = (0..own).map(|_| scope.spawn(|| OwnHost::up(&cache))).collect();
+        coming.into_iter().map(|host| host.join().expect("a start does not panic")).collect()
     });
-    let counted: Result<Vec<Tally>> = counted;
-    *tally = counted?.iter().fold(Tally::default(), |all, one| all.and(one)).and(tally);
+    let hosts = hosts?;
+    // Made once: what it prepares is the same for all of them.
+    let base = host_command(&cache, &programs)?;
+    let command = |host: usize, name: &str| {
+        let mut command = Command::new(base.get_program());
+        command.args(base.get_args()).arg("--").arg(&test).args(["--exact", name]);
+        command.arg("--show-output").stdin(Stdio::null());
+        if let Some(host) = hosts.get(host) {
+            command.env(NAME_VARIABLE, &host.name);
+        }
+        Ok(command)
+    };
+    let counted = test_queue::run(&names, hosts.len().max(1), command, result);
+    *tally = counted?.and(tally);
     Ok(())
+}
+
+/// An emulated host that is kept up for the tests of this run alone.
+struct OwnHost {
+    name: String,
+    /// Held as long as nobody else may call a host the same.
+    _name_lock: File,
+}
+
+impl OwnHost {
+    /// Boots one under the first name that is free.
+    fn up(cache: &Cache) -> Result<Self> {
+        let mut numbers = 0..;
+        let (name, lock) = loop {
+            let name = format!("linux-tests-{}", numbers.next().context("a number")?);
+            if let Some(lock) = cache.try_lock(&name)? {
+                break (name, lock);
+            }
+        };
+        let host = Self { name, _name_lock: lock };
+        // One of the same name may be left of a run that was killed.
+        host.command()?.arg("down").output().context("cannot start my own program")?;
+        let status = host.command()?.args(["up", "--idle", IDLE_MAX_S]).status();
+        ensure!(status.context("cannot start my own program")?.success(), "no emulated host");
+        Ok(host)
+    }
+
+    fn command(&self) -> Result<Command> {
+        let mut command = Command::new(env::current_exe().context("my own program")?);
+        command.arg("host").env(NAME_VARIABLE, &self.name);
+        Ok(command)
+    }
+}
+
+impl Drop for OwnHost {
+    fn drop(&mut self) {
+        // One that does not hear of it ends after a while with nothing to do.
+        drop(self.command().map(|mut command| command.arg("down").status()));
+    }
 }
 
 /// The names of a test program's tests, those that the filter lets through.
@@ -83,12 +123,17 @@ fn names(test: &Path, filter: &[String]) -> Result<Vec<String>> {
     Ok(text.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
 }
 
-/// How many emulated hosts run tests side by side. A test often waits, and most of them keep hardly
+/// How many emulated hosts run tests side by side that are theirs alone; none where this machine is
+/// the host, or where one that is kept up is enough. A test often waits, and most of them keep hardly
 /// more than one processor busy; but a host has to boot first, and may use its memory.
-fn hosts_at_once(tests: usize) -> Result<usize> {
+fn own_hosts(cache: &Cache, tests: usize) -> Result<usize> {
     let processors = thread::available_parallelism().map_or(1, usize::from);
-    let two = !Host::is_direct()? && tests >= FEW_TESTS && processors >= 2 && has_room_for_two();
-    Ok(if two { 2 } else { 1 })
+    let Host::Emulated(kept, _) = Host::choose(cache)? else { return Ok(0) };
+    Ok(match tests {
+        0 => 0,
+        FEW_TESTS.. if processors >= 2 && has_room_for_two() => 2,
+        _ => usize::from(!kept.is_up()?),
+    })
 }
 
 /// This same program, which knows how to run a command on whichever host there is, with all the

@@ -84,6 +84,14 @@ impl Emulated {
         Ok(Session { client: Client::greet(ours)?, server: Some(server) })
     }
 
+    /// Whether the kept host is up.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    pub fn is_up(&self) -> Result<bool> {
+        Ok(self.kept()?.is_some())
+    }
+
     /// Boots a host that stays up until nothing has run in it for `idle_max`, unless one is up;
     /// returns how long it took to boot.
     ///
