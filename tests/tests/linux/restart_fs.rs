@@ -13,7 +13,7 @@ use rustix::process::kill_process;
 
 const NAME: &str = "shares";
 /// How often the processes have to die before it is enough.
-const KILLS: usize = 12;
+const KILLS: usize = 8;
 
 /// Works on a tree, appends to a file that is opened each time and to two that stay open, one of
 /// which has no name. Whatever goes wrong ends it.
