@@ -37,6 +37,8 @@ const CONTAINERS: &str = "nacre";
 const AGENT_MEMORY_BYTES: u32 = 16 << 20;
 /// The agent's share of the processors, against containers that have all they can take.
 const AGENT_CPU_WEIGHT: u32 = 10_000;
+/// How long a killed process may take to end.
+const EMPTY_LIMIT: Duration = Duration::from_secs(5);
 /// How long the processes of a group may take to stop, or to go on.
 const FREEZE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a group may take to empty after its processes were killed.
@@ -56,6 +58,9 @@ pub(crate) enum CgroupError {
         #[source]
         source: io::Error,
     },
+    /// Something killed is still there.
+    #[error("a killed process of {} does not end", .0.display())]
+    Populated(PathBuf),
     /// The processes did not stop, or did not go on.
     #[error("the processes of {path:?} did not {verb} within {} s", FREEZE_LIMIT.as_secs())]
     Freeze {
@@ -288,6 +293,29 @@ impl Cgroup {
             }
         }
         Ok(())
+    }
+
+    /// Kills what is left in the group, and waits until it has ended.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a process does not end in time, as one that waits for a device may not.
+    pub(crate) async fn empty(&self) -> Result<(), CgroupError> {
+        self.signal_all(libc::SIGKILL)?;
+        let events = self.path.join("cgroup.events");
+        let deadline = Instant::now() + EMPTY_LIMIT;
+        let mut pause = Duration::from_millis(1);
+        loop {
+            let text = fs::read_to_string(&events).map_err(failed("read", &events))?;
+            if count(&text, "populated") == 0 {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(CgroupError::Populated(self.path.clone()));
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
     }
 
     /// Kills what is left in the group and removes it, with what containers made below it.

@@ -39,9 +39,9 @@ impl Killings {
         kills > 0
     }
 
-    /// Ends what is left of the container.
-    pub(super) fn end_group(&self) {
-        if let Err(error) = self.cgroup.signal_all(libc::SIGKILL) {
+    /// Ends what is left of the container, so that its init's end is its last.
+    pub(super) async fn end_group(&self) {
+        if let Err(error) = self.cgroup.empty().await {
             log::error!("{}: {}", self.container, chain(&error));
         }
     }

@@ -383,7 +383,7 @@ fn record_end(process: Arc<Process>, killings: Arc<Killings>, end: oneshot::Rece
         exit.oom_killed = killings.look();
         if process.id.exec.is_none() {
             // The kernel ends the others only in a PID namespace that was the init's own.
-            killings.end_group();
+            killings.end_group().await;
         }
         if let Err(error) = process.apply(Event::Ended(exit)) {
             log::error!("{} ended twice: {error}", process.id);

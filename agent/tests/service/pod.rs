@@ -124,7 +124,7 @@ fn the_end_of_an_init_ends_its_container_and_no_other_of_the_namespace() {
         let process = json!({ "args": ["sleep", "1004"] });
         agent.exec("a", "x", &process, false).await.unwrap();
         agent.start("a", "x").await.unwrap();
-        drop(agent.stream("a", "", Stream::Stdin, 0).await);
+        let _input = agent.stream("a", "", Stream::Stdin, 0).await;
         agent.signal("a", "", 9, false).await.unwrap();
         assert_eq!(agent.wait("a", "").await.exit_code, 137);
         assert_eq!(agent.wait("a", "x").await.exit_code, 137);
