@@ -207,7 +207,9 @@ pub(super) fn without_host(resources: &mut LinuxResources) {
 }
 
 impl Amended {
-    /// Block devices come as disks; the guest has its own numbers for them.
+    /// Block devices come as disks; the guest has its own numbers for them. Only those that a rule
+    /// names were asked for: a privileged container's specification lists all that the host has, its
+    /// own root among them, under one rule that allows everything.
     fn take_devices(&mut self, linux: &mut Linux) {
         let Some(devices) = linux.devices_mut() else { return };
         let (disks, others): (Vec<_>, Vec<_>) = std::mem::take(devices)
@@ -218,10 +220,18 @@ impl Amended {
         for disk in disks {
             let numbers = (Some(disk.major()), Some(disk.minor()));
             let rules = linux.resources().as_ref().and_then(|all| all.devices().as_ref());
-            let is_written = rules.into_iter().flatten().any(|rule| {
-                (rule.major(), rule.minor()) == numbers
-                    && rule.access().as_ref().is_some_and(|access| access.contains('w'))
-            });
+            let rules = rules.into_iter().flatten();
+            let named: Vec<_> = rules
+                .filter(|rule| rule.allow() && (rule.major(), rule.minor()) == numbers)
+                .collect();
+            if named.is_empty() {
+                let place = disk.path().display();
+                log::warn!("the host's block device {place} is not given: no rule names it");
+                continue;
+            }
+            let is_written = named
+                .iter()
+                .any(|rule| rule.access().as_ref().is_some_and(|access| access.contains('w')));
             self.disks.push(DiskBind {
                 path: format!("/dev/block/{}:{}", disk.major(), disk.minor()).into(),
                 place: disk.path().clone(),

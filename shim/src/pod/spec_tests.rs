@@ -145,6 +145,17 @@ fn the_memory_of_ctr_is_a_container_s_own_and_so_is_a_volume_in_its_place() {
 }
 
 #[test]
+fn a_privileged_container_does_not_get_the_hosts_disks() {
+    let mut spec = cri();
+    spec["linux"]["devices"] = json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
+    spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+    let amended = amended(&spec).unwrap();
+    assert!(amended.disks.is_empty(), "{:?}", amended.disks);
+    let spec = serde_json::to_value(amended.spec).unwrap();
+    assert!(spec["linux"]["devices"].as_array().is_none_or(Vec::is_empty));
+}
+
+#[test]
 fn block_devices_become_disks() {
     let mut spec = cri();
     spec["mounts"] = json!([bind("/dev/loop7", "/dev/xvda", &["bind", "ro"])]);

@@ -50,7 +50,7 @@ impl Service {
         let made = self.make(&request, spec, place).await;
         if made.is_err() {
             if !request.rootfs.is_empty() {
-                mounts::unmount_all(&rootfs(&request));
+                mounts::unmount_all(&mount_point(&request));
             }
             let guest = self.unreserve(&request.id, is_first);
             if let Some(guest) = guest {
@@ -101,8 +101,8 @@ impl Service {
         spec: Spec,
         place: Place,
     ) -> Result<u32, ServiceError> {
-        let rootfs = rootfs(request);
-        let (mounts, on) = (request.rootfs.clone(), rootfs.clone());
+        let rootfs = rootfs(request, &spec);
+        let (mounts, on) = (request.rootfs.clone(), mount_point(request));
         tokio::task::spawn_blocking(move || mounts::mount_all(&mounts, &on)).await??;
         let is_sandbox = matches!(place, Place::First);
         let guest = match place {
@@ -225,8 +225,17 @@ impl Service {
     }
 }
 
-fn rootfs(request: &CreateTaskRequest) -> PathBuf {
+/// Where a root file system goes that containerd leaves to the shim to mount.
+fn mount_point(request: &CreateTaskRequest) -> PathBuf {
     Path::new(&request.bundle).join("rootfs")
+}
+
+/// The container's root file system: what is mounted for it, else what the specification names.
+fn rootfs(request: &CreateTaskRequest, spec: &Spec) -> PathBuf {
+    match spec.root() {
+        Some(root) if request.rootfs.is_empty() => Path::new(&request.bundle).join(root.path()),
+        _ => mount_point(request),
+    }
 }
 
 /// Ends and forgets a container of which containerd does not know.
@@ -236,5 +245,25 @@ async fn forget(guest: &dyn Guest, process: &ProcessId) {
     }
     if let Err(error) = guest.delete(process).await {
         log::warn!("container `{}` could not be made and stays: {error}", process.container);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use containerd_shim_protos::types::mount::Mount;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_root_is_what_is_mounted_or_what_the_specification_names() {
+        let mut request = CreateTaskRequest { bundle: "/b".to_owned(), ..Default::default() };
+        let at = |path: &str| -> Spec {
+            serde_json::from_value(json!({"ociVersion": "1.2.0", "root": {"path": path}})).unwrap()
+        };
+        assert_eq!(rootfs(&request, &at("/elsewhere")), Path::new("/elsewhere"));
+        assert_eq!(rootfs(&request, &at("rootfs")), Path::new("/b/rootfs"));
+        request.rootfs.push(Mount::default());
+        assert_eq!(rootfs(&request, &at("/elsewhere")), Path::new("/b/rootfs"));
     }
 }
