@@ -178,7 +178,7 @@ impl Place {
         id: &str,
         are_shared: bool,
     ) -> Result<Vec<String>> {
-        let mut spec = specification("readlink /proc/self/ns/ipc /proc/self/ns/uts");
+        let mut spec = specification("readlink /proc/self/ns/ipc; readlink /proc/self/ns/uts");
         if are_shared {
             spec["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "mount"},
                 {"type": "ipc", "path": "/proc/7/ns/ipc"}, {"type": "uts", "path": "/proc/7/ns/uts"},
