@@ -56,7 +56,7 @@ fn a_guest_that_cannot_write_back_is_told_by_a_code_of_its_own() -> Result<()> {
     let before = Leftovers::now(user.state())?;
     let folder = tempfile::tempdir()?;
     let volume = format!("{}:/data", folder.path().display());
-    let options = ["-i", "-v", &volume, "--agent-timeout", "20"];
+    let options = ["-i", "-v", &volume, "--agent-timeout", "30"];
     let script = "echo x > /data/x; echo up; read line; exit 0";
     let mut command = user.run_command(&options, &["sh", "-c", script])?;
     let mut run = Attached::start(command.stdin(Stdio::piped()))?;
@@ -67,7 +67,7 @@ fn a_guest_that_cannot_write_back_is_told_by_a_code_of_its_own() -> Result<()> {
     let answer = run.wait()?.code(i32::from(u8::from(RunExit::NotWritten)))?;
     answer.tells(
         "nacre: error: the guest did not write everything back, so what the container wrote to \
-         disks and volumes may be lost: it did not get on for 2",
+         disks and volumes may be lost: it did not get on for 3",
     )?;
     before.and_nothing_more(user.state())
 }
