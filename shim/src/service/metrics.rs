@@ -124,33 +124,24 @@ fn pressure(told: Option<Pressure>) -> MessageField<PSIStats> {
     MessageField::from_option(stats)
 }
 
+/// Adds fields of one message to those of another.
+macro_rules! add {
+    ($one:expr => $sum:expr; $($field:ident),+) => {{
+        let (sum, more) = ($sum.mut_or_insert_default(), &$one);
+        $(sum.$field = sum.$field.saturating_add(more.$field);)+
+    }};
+}
+
 /// What several containers use together. Limits and pressures are of one container and left out.
 pub(super) fn sum(all: &[Metrics]) -> Metrics {
     let mut sum = Metrics::new();
     for one in all {
-        let (pids, more) = (sum.pids.mut_or_insert_default(), &one.pids);
-        pids.current = pids.current.saturating_add(more.current);
-        let (cpu, more) = (sum.cpu.mut_or_insert_default(), &one.cpu);
-        cpu.usage_usec = cpu.usage_usec.saturating_add(more.usage_usec);
-        cpu.user_usec = cpu.user_usec.saturating_add(more.user_usec);
-        cpu.system_usec = cpu.system_usec.saturating_add(more.system_usec);
-        cpu.nr_periods = cpu.nr_periods.saturating_add(more.nr_periods);
-        cpu.nr_throttled = cpu.nr_throttled.saturating_add(more.nr_throttled);
-        cpu.throttled_usec = cpu.throttled_usec.saturating_add(more.throttled_usec);
-        let (memory, more) = (sum.memory.mut_or_insert_default(), &one.memory);
-        memory.usage = memory.usage.saturating_add(more.usage);
-        memory.anon = memory.anon.saturating_add(more.anon);
-        memory.file = memory.file.saturating_add(more.file);
-        memory.inactive_file = memory.inactive_file.saturating_add(more.inactive_file);
-        memory.active_file = memory.active_file.saturating_add(more.active_file);
-        memory.inactive_anon = memory.inactive_anon.saturating_add(more.inactive_anon);
-        memory.active_anon = memory.active_anon.saturating_add(more.active_anon);
-        memory.pgfault = memory.pgfault.saturating_add(more.pgfault);
-        memory.pgmajfault = memory.pgmajfault.saturating_add(more.pgmajfault);
-        memory.swap_usage = memory.swap_usage.saturating_add(more.swap_usage);
-        let (events, more) = (sum.memory_events.mut_or_insert_default(), &one.memory_events);
-        events.oom = events.oom.saturating_add(more.oom);
-        events.oom_kill = events.oom_kill.saturating_add(more.oom_kill);
+        add!(one.pids => sum.pids; current);
+        add!(one.cpu => sum.cpu; usage_usec, user_usec, system_usec);
+        add!(one.cpu => sum.cpu; nr_periods, nr_throttled, throttled_usec);
+        add!(one.memory => sum.memory; usage, swap_usage, anon, file, pgfault, pgmajfault);
+        add!(one.memory => sum.memory; inactive_file, active_file, inactive_anon, active_anon);
+        add!(one.memory_events => sum.memory_events; oom, oom_kill);
         sum.io.mut_or_insert_default().usage.extend(one.io.usage.iter().cloned());
     }
     sum

@@ -16,7 +16,7 @@ use rustix::net::{
 };
 
 /// Request, flags and size of the body, in bytes.
-const HEADER_BYTES: usize = 12;
+pub(super) const HEADER_BYTES: usize = 12;
 /// No request has a longer body.
 const MOST_BODY_BYTES: usize = 256;
 /// What one look takes.
@@ -26,11 +26,11 @@ const MOST_LOOKS: u32 = 100;
 /// The request that is known.
 const CONFIG_CHANGE: u32 = 2;
 /// Version 1 of the protocol, in the flags.
-const VERSION: u32 = 1;
-/// The message is a reply, and nothing is asked here.
-const REPLY: u32 = 1 << 2;
+pub(super) const VERSION: u32 = 1;
+/// The message is a reply.
+pub(super) const REPLY: u32 = 1 << 2;
 /// An answer is wanted.
-const NEED_REPLY: u32 = 1 << 3;
+pub(super) const NEED_REPLY: u32 = 1 << 3;
 
 /// How a backend misused its channel.
 #[derive(Debug, thiserror::Error)]

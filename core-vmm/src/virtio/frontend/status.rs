@@ -9,18 +9,11 @@ use std::os::unix::net::UnixStream;
 
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendFlags, recvmsg, send};
 
+use super::channel::{HEADER_BYTES, NEED_REPLY, REPLY, VERSION};
 use crate::virtio::pci_registers::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK};
 
 const SET_STATUS: u32 = 39;
 const GET_STATUS: u32 = 40;
-/// Version 1 of the protocol, in the flags.
-const VERSION: u32 = 1;
-/// The message is a reply.
-const REPLY: u32 = 1 << 2;
-/// An answer is wanted.
-const NEED_REPLY: u32 = 1 << 3;
-/// Request, flags and size of the body, in bytes.
-const HEADER_BYTES: usize = 12;
 /// The body of all these messages but the question, in bytes.
 const BODY_BYTES: u32 = 8;
 
